@@ -1,0 +1,230 @@
+"""Event types: which class carries which type name and version, and how old versions become new ones.
+
+An event type is declared once, at import, beside the class of its payload:
+
+    @event("order.created", version=1, key="order_id")
+    class OrderCreated(BaseModel):
+        order_id: UUID
+
+A registry answers two questions: which type is this object (publishing), and which class reads this type and version
+(receiving). Both sides fail early: a second class under one name is an error at import.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, UnknownEventType, UnregisteredEvent
+
+T = TypeVar("T")
+Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
+
+_TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
+_MAX_TYPE_LENGTH = 200
+_MAX_KEY_LENGTH = 255
+
+
+@dataclass(frozen=True)
+class EventType:
+    """One type name in one version, and the class of its payload."""
+
+    name: str
+    version: int
+    payload_class: type[Any]
+    key: str | Callable[[Any], object] | None = None
+    """Attribute of the payload (or a function of it) whose value orders events; None for no order."""
+    ordered: bool = False
+    """Whether the key's events carry a gapless sequence and reach every handler in that order."""
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.payload_class)
+
+    def key_of(self, payload: object) -> str | None:
+        """The ordering key of *payload* as text. Raises `InvalidPayload` if it is empty, too long, or has a NUL."""
+        if self.key is None:
+            return None
+        value = getattr(payload, self.key) if isinstance(self.key, str) else self.key(payload)
+        text = "" if value is None else str(value)
+        if not 0 < len(text) <= _MAX_KEY_LENGTH or "\x00" in text:
+            raise InvalidPayload(
+                f"{self}: the key {self.key!r} is {text[:40]!r}; it must have 1 to {_MAX_KEY_LENGTH} characters, no NUL"
+            )
+        return text
+
+    def __str__(self) -> str:
+        return f"{self.name} v{self.version}"
+
+
+@dataclass
+class Registry:
+    """The event types that one process knows. Most programs use the module's own, through `@event`."""
+
+    _by_class: dict[type[Any], EventType] = field(default_factory=dict)
+    _by_name: dict[str, dict[int, EventType]] = field(default_factory=dict)
+    _upcasters: dict[tuple[str, int], Upcaster] = field(default_factory=dict)
+
+    def event(
+        self,
+        name: str,
+        *,
+        version: int = 1,
+        key: str | Callable[[Any], object] | None = None,
+        ordered: bool = False,
+    ) -> Callable[[type[T]], type[T]]:
+        """Declare the decorated class (pydantic model or dataclass) as the payload of event type *name*.
+
+        Raises `ConfigurationError` at import for a bad name, a bad key, or a name and version that another class has.
+        """
+
+        def register(payload_class: type[T]) -> type[T]:
+            self.add(EventType(name, version, payload_class, key, ordered))
+            return payload_class
+
+        return register
+
+    def add(self, event_type: EventType) -> None:
+        _check_declaration(event_type)
+        taken = self._by_name.get(event_type.name, {}).get(event_type.version)
+        cls = event_type.payload_class
+        if taken is not None and not _same_class(taken.payload_class, cls):
+            raise ConfigurationError(
+                f"event type {event_type} is declared twice: by {_where(taken.payload_class)} and by {_where(cls)}; "
+                "give one of them another name or another version"
+            )
+        self._by_class[cls] = event_type
+        self._by_name.setdefault(event_type.name, {})[event_type.version] = event_type
+
+    def upcast(self, name: str, *, from_version: int) -> Callable[[Upcaster], Upcaster]:
+        """Declare the decorated function as the step from *from_version* of event type *name* to the next version.
+
+        It takes and returns the payload as a dict, and is applied before validation; steps chain.
+        """
+
+        def register(step: Upcaster) -> Upcaster:
+            if (name, from_version) in self._upcasters:
+                raise ConfigurationError(f"event type {name} v{from_version} has two upcasters; remove one")
+            self._upcasters[name, from_version] = step
+            return step
+
+        return register
+
+    def of(self, payload: object) -> EventType:
+        """The event type of a payload object. Raises `UnregisteredEvent`."""
+        return self.of_class(type(payload))
+
+    def of_class(self, payload_class: type[Any]) -> EventType:
+        """The event type of a payload class. Raises `UnregisteredEvent`."""
+        try:
+            return self._by_class[payload_class]
+        except KeyError:
+            raise UnregisteredEvent(
+                f"{_where(payload_class)} is no event type: decorate it with "
+                '@event("aggregate.happened", version=1, key="...")'
+            ) from None
+
+    def newest(self, name: str) -> EventType | None:
+        """The highest version of event type *name*, or None where the name is not known."""
+        versions = self._by_name.get(name)
+        return versions[max(versions)] if versions else None
+
+    def read(self, name: str, version: int, data: Any) -> Any:
+        """Make the payload object from *data* (parsed JSON) of event type *name* in *version*.
+
+        A version with a class of its own and no upcaster is read as that class; otherwise upcasters lead to the
+        next version until one fits. Raises `UnknownEventType` where no class is reached, `MalformedMessage` where the
+        data do not validate.
+        """
+        versions = self._by_name.get(name)
+        if not versions:
+            raise UnknownEventType(f"event type {name!r} is not known here; known are: {', '.join(self.names()) or 'none'}")
+        at = version
+        while (name, at) in self._upcasters:
+            data = self._apply_upcaster(name, at, data)
+            at += 1
+        event_type = versions.get(at)
+        if event_type is None:
+            raise UnknownEventType(
+                f"event type {name} arrived in version {version}; known are {sorted(versions)}: "
+                "deploy the class (or an upcaster) for it, then redrive"
+            )
+        try:
+            # Through JSON: a strict model takes text for a date from JSON, but not from Python.
+            return event_type.adapter.validate_json(_to_json(data))
+        except ValidationError as error:
+            raise MalformedMessage(f"event {event_type} does not fit {_where(event_type.payload_class)}: {brief(error)}") from error
+
+    def _apply_upcaster(self, name: str, version: int, data: Any) -> Any:
+        try:
+            return self._upcasters[name, version](data)
+        except Exception as error:
+            raise MalformedMessage(f"the upcaster of {name} v{version} failed: {error!r}") from error
+
+    def upcasts_from(self, name: str, version: int) -> bool:
+        """Whether an upcaster leads on from *version* of event type *name*."""
+        return (name, version) in self._upcasters
+
+    def names(self) -> list[str]:
+        return sorted(self._by_name)
+
+    def __iter__(self) -> Iterator[EventType]:
+        for versions in self._by_name.values():
+            yield from versions.values()
+
+
+def _to_json(data: Any) -> bytes:
+    from pydantic_core import to_json
+
+    return to_json(data)
+
+
+def _check_declaration(event_type: EventType) -> None:
+    name, where = event_type.name, _where(event_type.payload_class)
+    if not _TYPE_NAME.fullmatch(name) or len(name) > _MAX_TYPE_LENGTH:
+        raise ConfigurationError(
+            f"{where}: {name!r} is no event type name; write dotted lower-case words, aggregate first, "
+            'what happened last, as in "order.created"'
+        )
+    if event_type.version < 1:
+        raise ConfigurationError(f"{where}: version is {event_type.version}; versions start at 1")
+    if event_type.ordered and event_type.key is None:
+        raise ConfigurationError(f"{where}: ordered=True needs key=...: order is kept per key")
+    key = event_type.key
+    fields: Mapping[str, Any] = (
+        getattr(event_type.payload_class, "model_fields", None)
+        or getattr(event_type.payload_class, "__dataclass_fields__", None)
+        or {}
+    )
+    if not fields and not hasattr(event_type.payload_class, "__dataclass_fields__") and not hasattr(
+        event_type.payload_class, "model_fields"
+    ):
+        raise ConfigurationError(f"{where} is neither a pydantic model nor a dataclass (put @event above @dataclass)")
+    if isinstance(key, str) and key not in fields and not hasattr(event_type.payload_class, key):
+        raise ConfigurationError(f"{where}: key={key!r} names no field; fields are: {', '.join(fields)}")
+
+
+def _same_class(one: type[Any], other: type[Any]) -> bool:
+    # A module imported twice (under pytest, or as __main__ and by name) declares the same class again.
+    return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+def _where(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def brief(error: ValidationError) -> str:
+    """A pydantic error in one line: each field with what is wrong, without the values (they may be secret)."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    shown = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'payload'}: {p['msg']}" for p in problems[:5])
+    return shown + (f" (and {len(problems) - 5} more)" if len(problems) > 5 else "")
+
+
+registry = Registry()
+event = registry.event
+upcast = registry.upcast

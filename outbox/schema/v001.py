@@ -1,0 +1,157 @@
+"""Version 1: the log with its cursors and leases, the inbox, and what waits for another try or for a person."""
+
+from __future__ import annotations
+
+from typing import Final
+
+UP: Final = (
+    "CREATE SCHEMA IF NOT EXISTS {schema}",
+    # --- the log. `xid` stands before `position`: defaults are evaluated in this order, so a transaction
+    # has its xid before its first position, on which the reader's completeness rests (outbox/reader.py).
+    "CREATE SEQUENCE {schema}.outbox_event_position AS bigint CACHE 1",
+    """
+    CREATE TABLE {schema}.outbox_event (
+        xid         xid8        NOT NULL DEFAULT pg_current_xact_id(),
+        position    bigint      NOT NULL DEFAULT nextval('{schema}.outbox_event_position'),
+        lane        smallint    NOT NULL CHECK (lane BETWEEN 0 AND 15),
+        event_id    uuid        NOT NULL,
+        type        text        NOT NULL,
+        version     integer     NOT NULL,
+        key         text,
+        key_seq     bigint,
+        occurred_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        body        bytea       NOT NULL,
+        PRIMARY KEY (lane, position)
+    ) PARTITION BY RANGE (position)
+    """,
+    # None on `position` alone: the planner would prefer it and filter by lane.
+    "CREATE INDEX outbox_event_xid ON {schema}.outbox_event (xid, position)",
+    # Without a partition that takes any position, publishing would fail once maintenance falls behind.
+    "CREATE TABLE {schema}.outbox_event_default PARTITION OF {schema}.outbox_event DEFAULT",
+    *(
+        "CREATE TABLE {schema}.outbox_event_p%012d PARTITION OF {schema}.outbox_event FOR VALUES FROM (%d) TO (%d)"
+        % (start, start, start + 1_000_000)
+        for start in (0, 1_000_000)
+    ),
+    # --- cursors and leases: inserted, never updated, so that a held xmin horizon cannot make them rot.
+    # The newest row of a lane is the last entry of the index. `slot` is the table in use; the others get truncated.
+    """
+    CREATE TABLE {schema}.outbox_cursor (
+        slot        smallint    NOT NULL,
+        lane        smallint    NOT NULL,
+        epoch       bigint      NOT NULL,
+        seq         bigint      NOT NULL,
+        hi          bigint      NOT NULL,
+        snapshot    pg_snapshot NOT NULL,
+        ceil        xid8        NOT NULL DEFAULT pg_current_xact_id(),
+        stored_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (slot, lane, epoch, seq)
+    ) PARTITION BY LIST (slot)
+    """,
+    *(
+        f"CREATE TABLE {{schema}}.outbox_cursor_{slot} PARTITION OF {{schema}}.outbox_cursor FOR VALUES IN ({slot})"
+        for slot in range(3)
+    ),
+    "CREATE INDEX outbox_cursor_newest ON {schema}.outbox_cursor (lane, epoch, seq)",
+    # relay_id NULL: given back. The primary key lets one of two claimants win an epoch.
+    """
+    CREATE TABLE {schema}.outbox_lease (
+        lane        smallint    NOT NULL,
+        epoch       bigint      NOT NULL,
+        relay_id    uuid,
+        taken_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (lane, epoch)
+    )
+    """,
+    """
+    CREATE TABLE {schema}.outbox_heartbeat (
+        relay_id    uuid        NOT NULL,
+        seq         bigint      NOT NULL,
+        expires_at  timestamptz NOT NULL,
+        host        text        NOT NULL,
+        PRIMARY KEY (relay_id, seq)
+    )
+    """,
+    # Snapshots and xids mean nothing in another cluster: the relay compares before it reads.
+    """
+    CREATE TABLE {schema}.outbox_cluster (
+        system_identifier bigint      NOT NULL PRIMARY KEY,
+        adopted_at        timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
+    # The counter of an ordered key: its row lock is what makes positions of a key follow its commits.
+    """
+    CREATE TABLE {schema}.outbox_key (
+        type        text        NOT NULL,
+        key         text        NOT NULL,
+        seq         bigint      NOT NULL,
+        PRIMARY KEY (type, key)
+    ) WITH (fillfactor = 50)
+    """,
+    # --- the inbox. Event ids are UUIDv7, so a range of ids is a range of time and forgetting is dropping a partition.
+    """
+    CREATE TABLE {schema}.inbox (
+        event_id    uuid        NOT NULL,
+        handler     text        NOT NULL,
+        digest      bytea       NOT NULL,
+        received_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (event_id, handler)
+    ) PARTITION BY RANGE (event_id)
+    """,
+    "CREATE TABLE {schema}.inbox_default PARTITION OF {schema}.inbox DEFAULT",
+    # --- deliveries that one handler is owed at a time: retries, timers, redrives. Sent to the service's own queue
+    # when due; the row leaves in the transaction that settles the delivery.
+    """
+    CREATE TABLE {schema}.pending_delivery (
+        handler         text        NOT NULL,
+        event_id        uuid        NOT NULL,
+        reason          text        NOT NULL CHECK (reason IN ('retry', 'crash', 'redrive', 'timer')),
+        attempts        integer     NOT NULL DEFAULT 0,
+        next_attempt_at timestamptz NOT NULL,
+        type            text        NOT NULL,
+        key             text,
+        key_seq         bigint,
+        body            bytea       NOT NULL,
+        error           text,
+        created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (handler, event_id)
+    )
+    """,
+    "CREATE INDEX pending_delivery_due ON {schema}.pending_delivery (next_attempt_at)",
+    # --- what waits for a person
+    """
+    CREATE TABLE {schema}.dead_letter (
+        id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        handler     text        NOT NULL,
+        event_id    uuid        NOT NULL,
+        type        text        NOT NULL,
+        key         text,
+        key_seq     bigint,
+        body        bytea       NOT NULL,
+        attempts    integer     NOT NULL,
+        error       text        NOT NULL,
+        traceback   text        NOT NULL,
+        parked_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+        UNIQUE (handler, event_id)
+    )
+    """,
+    """
+    CREATE TABLE {schema}.quarantine (
+        id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        digest      bytea       NOT NULL UNIQUE,
+        reason      text        NOT NULL,
+        headers     text        NOT NULL,
+        body        bytea       NOT NULL,
+        times_seen  integer     NOT NULL DEFAULT 1,
+        first_seen  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        last_seen   timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
+)
+
+DOWN: Final = (
+    "DROP TABLE {schema}.quarantine, {schema}.dead_letter, {schema}.pending_delivery, {schema}.inbox, "
+    "{schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, {schema}.outbox_lease, "
+    "{schema}.outbox_cursor, {schema}.outbox_event",
+    "DROP SEQUENCE {schema}.outbox_event_position",
+)

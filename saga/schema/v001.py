@@ -1,0 +1,53 @@
+"""Version 1: each participant's own journal of the sagas that it has heard of."""
+
+from __future__ import annotations
+
+from typing import Final
+
+UP: Final = (
+    "CREATE SCHEMA IF NOT EXISTS {schema}",
+    # One row per saga and participant: its lock settles every race between a step, a join, a deadline and an abort.
+    # A row that an abort inserts before anything else happened here is the tombstone.
+    """
+    CREATE TABLE {schema}.saga (
+        saga_id     uuid        NOT NULL PRIMARY KEY,
+        definition  text,
+        state       text        NOT NULL CHECK (state IN
+                        ('running', 'completed', 'compensating', 'compensated')),
+        stuck       boolean     NOT NULL DEFAULT false,
+        reason      text,
+        started_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        changed_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
+    "CREATE INDEX saga_open ON {schema}.saga (state) WHERE state IN ('running', 'compensating')",
+    """
+    CREATE TABLE {schema}.saga_step (
+        saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
+        step        text        NOT NULL,
+        trigger_id  uuid        NOT NULL,
+        state       text        NOT NULL CHECK (state IN
+                        ('done', 'rejected', 'refused', 'compensating', 'compensated', 'skipped', 'stuck')),
+        trigger     bytea       NOT NULL,
+        emitted     bytea,
+        reason      text,
+        ordinal     bigint      GENERATED ALWAYS AS IDENTITY,
+        ran_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+        changed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (saga_id, step, trigger_id)
+    )
+    """,
+    """
+    CREATE TABLE {schema}.saga_join_arrival (
+        saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
+        "join"      text        NOT NULL,
+        type        text        NOT NULL,
+        event_id    uuid        NOT NULL,
+        body        bytea       NOT NULL,
+        arrived_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (saga_id, "join", type)
+    )
+    """,
+)
+
+DOWN: Final = ("DROP TABLE {schema}.saga_join_arrival, {schema}.saga_step, {schema}.saga",)
