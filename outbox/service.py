@@ -1,0 +1,220 @@
+"""A service: its name, its queue, and which of its handlers takes which event.
+
+    orders = Service("orders")
+
+    @orders.on(StockReserved)
+    def confirm(event: StockReserved, session: Session) -> None: ...
+
+A handler's name is part of the inbox key, so it must outlive refactorings: it is
+`<service>.<function>` unless given, and renaming it makes every event in flight new to it.
+Everything that can be wired wrongly is refused at import.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+from outbox.envelope import Envelope
+from outbox.errors import ConfigurationError, UnregisteredEvent
+from outbox.events import EventType, Registry
+from outbox.events import registry as default_registry
+from outbox.sql import DEFAULT_SCHEMA, checked_identifier
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_HANDLER_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
+
+EventHandler = Callable[[Any, "Session"], None]
+F = TypeVar("F", bound=EventHandler)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often a failing handler is tried, and how long it waits in between."""
+
+    attempts: int = 8
+    """Runs before the delivery is parked as a dead letter; one that killed its worker counts."""
+    first: timedelta = timedelta(seconds=1)
+    """Upper bound of the wait after the first failure; it doubles with every further one."""
+    cap: timedelta = timedelta(minutes=10)
+    """Upper bound of any wait."""
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.first < timedelta(0) or self.cap < self.first:
+            raise ConfigurationError(f"{self}: attempts must be 1 or more, and 0 <= first <= cap")
+
+    def delay(self, attempt: int, random: Random) -> timedelta:
+        """How long to wait after failed run number *attempt* (from 1): anything up to the bound.
+
+        Full jitter: handlers that failed together do not come back together.
+        """
+        doublings = min(max(attempt, 1) - 1, 63)
+        bound = min(self.cap.total_seconds(), self.first.total_seconds() * 2**doublings)
+        return timedelta(seconds=bound * random.random())
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One event handed to one handler."""
+
+    envelope: Envelope
+    event: Any
+    """The payload, read into the class that the registry knows for its type and version."""
+    attempt: int
+    """Number of this run, from 1."""
+    handler: str
+
+
+@dataclass(frozen=True)
+class Handler:
+    """What is called with events of some types, in one transaction each."""
+
+    name: str
+    """Unique in its service and stable: it is half of the inbox key."""
+    event_types: frozenset[str]
+    run: Callable[[Delivery, Session], None]
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    exhausted: Callable[[Delivery, Session, BaseException], None] | None = None
+    """Called in the transaction that parks the delivery after its last attempt."""
+    versions: frozenset[tuple[str, int]] = frozenset()
+    """(type, version) pairs that it can be given; empty: every version the registry can read."""
+    subscribes: bool = True
+    """False: it takes only what is addressed to it by name (timers, work scheduled for later)."""
+
+
+class Service:
+    """A named subscriber and publisher: one queue, one set of tables, any number of handlers."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: str = DEFAULT_SCHEMA,
+        registry: Registry = default_registry,
+        exchange: str = "events",
+        queue: str | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """*retry* is for handlers without one of their own. Raises `ConfigurationError`."""
+        if not _SERVICE_NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"{name!r} cannot name a service: lower-case letters, digits, - and _, "
+                "beginning with a letter, at most 63 characters"
+            )
+        self.name = name
+        self.schema = checked_identifier(schema)
+        self.registry = registry
+        self.exchange = exchange
+        self.queue = queue or f"{name}.events"
+        self.retry = retry or RetryPolicy()
+        self._handlers: dict[str, Handler] = {}
+
+    def on(
+        self,
+        *classes: type[Any],
+        name: str | None = None,
+        retry: RetryPolicy | None = None,
+        exhausted: Callable[[Delivery, Session, BaseException], None] | None = None,
+    ) -> Callable[[F], F]:
+        """Let the decorated `fn(event, session)` handle events of *classes*.
+
+        It runs in the transaction that records the delivery: what it writes through *session*
+        is committed once per event, or not at all. Raises `ConfigurationError` at import: no
+        class, a class that is no event, a function that does not take two arguments, a name
+        that another handler has.
+        """
+        event_types = [self._event_type(cls) for cls in classes]
+        versions = frozenset((event_type.name, event_type.version) for event_type in event_types)
+
+        def register(function: F) -> F:
+            _check_callable(function)
+            self.add(
+                Handler(
+                    name=name or f"{self.name}.{function.__name__}",
+                    event_types=frozenset(type_name for type_name, _ in versions),
+                    run=lambda delivery, session: function(delivery.event, session),
+                    retry=retry or self.retry,
+                    exhausted=exhausted,
+                    versions=versions,
+                )
+            )
+            return function
+
+        return register
+
+    def add(self, handler: Handler) -> None:
+        """Add a handler made by hand. Raises `ConfigurationError`, as `on` does."""
+        if not _HANDLER_NAME.fullmatch(handler.name):
+            raise ConfigurationError(
+                f"{handler.name!r} cannot name a handler: "
+                "letters, digits and _ . : -, at most 200 characters"
+            )
+        if not handler.event_types:
+            raise ConfigurationError(
+                f"handler {handler.name} takes no event: name at least one event class"
+            )
+        if handler.name in self._handlers:
+            raise ConfigurationError(
+                f"service {self.name} has two handlers named {handler.name}; "
+                "give one of them another name: @service.on(..., name=...)"
+            )
+        self._handlers[handler.name] = handler
+
+    def handler(self, name: str) -> Handler | None:
+        """The handler of that name, or None."""
+        return self._handlers.get(name)
+
+    @property
+    def handlers(self) -> Sequence[Handler]:
+        return tuple(self._handlers.values())
+
+    def handlers_for(self, event_type: str) -> Sequence[Handler]:
+        """The handlers that an event of that type off the bus is for, in order of registration."""
+        return [h for h in self._handlers.values() if h.subscribes and event_type in h.event_types]
+
+    @property
+    def bindings(self) -> list[str]:
+        """The event types that the service's queue is bound to, sorted."""
+        return sorted({t for h in self._handlers.values() if h.subscribes for t in h.event_types})
+
+    def publish(self, session: Any, event: object) -> UUID:
+        """Publish *event* in the transaction of *session*, this service being its source."""
+        from outbox.publish import publish
+
+        return publish(session, event, source=self.name, registry=self.registry, schema=self.schema)
+
+    def publish_all(self, session: Any, events: Iterable[object]) -> list[UUID]:
+        """Publish *events* in one statement, in their order."""
+        from outbox.publish import publish_all
+
+        return publish_all(
+            session, events, source=self.name, registry=self.registry, schema=self.schema
+        )
+
+    def _event_type(self, cls: type[Any]) -> EventType:
+        try:
+            return self.registry.of_class(cls)
+        except UnregisteredEvent as error:
+            raise ConfigurationError(f"service {self.name} cannot subscribe: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+def _check_callable(function: Callable[..., Any]) -> None:
+    where = f"{function.__module__}.{function.__qualname__}"
+    if inspect.iscoroutinefunction(function):
+        raise ConfigurationError(f"handler {where} is async; Celery workers run plain functions")
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        raise ConfigurationError(f"handler {where} must take (event, session)") from None
