@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 UP: Final = (
-    "CREATE SCHEMA IF NOT EXISTS {schema}",
     # --- the log. `xid` stands before `position`: defaults are evaluated in this order, so a transaction
     # has its xid before its first position, on which the reader's completeness rests (outbox/reader.py).
     "CREATE SEQUENCE {schema}.outbox_event_position AS bigint CACHE 1",

@@ -1,0 +1,42 @@
+"""The tables of `outbox`, as versioned functions that run inside your Alembic revision, or on their own.
+
+    from alembic import op
+    from outbox import schema
+
+    def upgrade() -> None:
+        schema.upgrade(op, to=1, from_=0)
+
+    def downgrade() -> None:
+        schema.downgrade(op, to=0, from_=1)
+
+`outbox migrate` does the same without Alembic. `check` is what relays and workers call when they start.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from outbox.schema import v001
+from outbox.schema.component import Component, Op, Status
+
+component: Final = Component("outbox", (v001,))
+
+upgrade = component.upgrade
+downgrade = component.downgrade
+upgrade_engine = component.upgrade_engine
+downgrade_engine = component.downgrade_engine
+status = component.status
+check = component.check
+
+__all__ = [
+    "Component",
+    "Op",
+    "Status",
+    "check",
+    "component",
+    "downgrade",
+    "downgrade_engine",
+    "status",
+    "upgrade",
+    "upgrade_engine",
+]
