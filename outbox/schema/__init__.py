@@ -1,4 +1,4 @@
-"""The tables of `outbox`, as versioned functions that run inside your Alembic revision, or on their own.
+"""The tables of `outbox`, as versioned functions that run in your Alembic revision or alone.
 
     from alembic import op
     from outbox import schema
@@ -9,7 +9,7 @@
     def downgrade() -> None:
         schema.downgrade(op, to=0, from_=1)
 
-`outbox migrate` does the same without Alembic. `check` is what relays and workers call when they start.
+`outbox migrate` does the same without Alembic. Relays and workers call `check` when they start.
 """
 
 from __future__ import annotations

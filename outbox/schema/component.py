@@ -1,8 +1,9 @@
-"""A component's tables as numbered steps, run through Alembic's operations wherever those come from.
+"""A component's tables as numbered steps, run through Alembic's operations from wherever.
 
-The same functions serve a revision of the user's own (online, and offline with `--sql`), this repository's `migrations/`,
-`outbox migrate`, and tests. Every step and its row in `schema_version` are one transaction, under one advisory lock per
-schema: two processes that migrate at once do the work once, and a failure leaves nothing half done.
+The same functions serve a revision of the user's own (online, and offline with `--sql`), this
+repository's `migrations/`, `outbox migrate`, and tests. Every step and its row in `schema_version`
+are one transaction, under one advisory lock per schema: two processes that migrate at once do the
+work once, and a failure leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _DISTRIBUTION: Final = "outbox-saga"
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
 _LOCK_NOT_AVAILABLE: Final = "55P03"
 
-# The advisory lock is waited for without a limit of ours: whoever holds it is doing this very work. After it, a table lock
-# that cannot be had soon is given up, because everyone who comes later would queue up behind us. The caller's own timeout
-# is put back at the end; it travels in a setting, as offline SQL has no variables.
+# The advisory lock is waited for without a limit of ours: whoever holds it is doing this very work.
+# After it, a table lock that cannot be had soon is given up, because everyone who comes later would
+# queue up behind us. The caller's own timeout is put back at the end; it travels in a setting, as
+# offline SQL has no variables.
 _ENTER: Final = (
     "SELECT pg_advisory_xact_lock(hashtextextended('outbox schema {schema}', 0))",
     "SELECT set_config('outbox.callers_lock_timeout', current_setting('lock_timeout'), true)",
@@ -40,7 +42,8 @@ _ENTER: Final = (
 _LEAVE: Final = (
     "SELECT set_config('lock_timeout', current_setting('outbox.callers_lock_timeout'), true)",
 )
-# CREATE SCHEMA IF NOT EXISTS asks for the right to create schemas even where there is nothing to create.
+# CREATE SCHEMA IF NOT EXISTS asks for the right to create schemas even where there is nothing to
+# create.
 _BOOKKEEPING: Final = (
     """
     DO $$ BEGIN
@@ -89,7 +92,7 @@ class Steps(Protocol):
 
 
 class Op(Protocol):
-    """What is needed of Alembic's `op`: the module proxy in a revision, or an `Operations` object."""
+    """What is needed of Alembic's `op`: the proxy in a revision, or an `Operations` object."""
 
     def execute(self, sqltext: Executable | str, /) -> None: ...
     def get_context(self) -> MigrationContext: ...
@@ -116,10 +119,11 @@ class Status:
 
 
 class Component:
-    """The tables of one package, versioned on a line of their own in a schema shared with the others.
+    """The tables of one package, versioned on a line of their own in a schema shared by all.
 
-    *versions* are the steps in order, the first being version 1. *oldest_usable* is the lowest version that this release's
-    code can run on, so that code and tables can be deployed one after the other.
+    *versions* are the steps in order, the first being version 1. *oldest_usable* is the lowest
+    version that this release's code can run on, so that code and tables can be deployed one after
+    the other.
     """
 
     def __init__(self, name: str, versions: Sequence[Steps], *, oldest_usable: int = 1) -> None:
@@ -142,11 +146,12 @@ class Component:
         from_: int | None = None,
         schema: str = DEFAULT_SCHEMA,
     ) -> None:
-        """Bring the tables up to version *to* (None: the newest). Does nothing when they are there already.
+        """Bring the tables up to version *to* (None: the newest). Does nothing when they are there.
 
-        Call it from a revision with Alembic's own `op`. *from_* is needed in offline mode (`--sql`), where the database
-        cannot be asked; online, what is recorded in the database decides. Runs inside the caller's transaction.
-        Raises `ConfigurationError` for a version that does not exist, in autocommit, or offline without *from_*.
+        Call it from a revision with Alembic's own `op`. *from_* is needed in offline mode
+        (`--sql`), where the database cannot be asked; online, what is recorded in the database
+        decides. Runs inside the caller's transaction. Raises `ConfigurationError` for a version
+        that does not exist, in autocommit, or offline without *from_*.
         """
         target = self._checked(self.latest if to is None else to)
         self._run(op, _ENTER, schema)
@@ -166,7 +171,7 @@ class Component:
     ) -> None:
         """Take the tables back to version *to*; 0 drops them with everything in them.
 
-        The schema itself stays: it may be the caller's, with rights granted on it. Otherwise as `upgrade`.
+        The schema itself stays: it may be the caller's, with rights granted on it.
         """
         target = self._checked(to)
         self._run(op, _ENTER, schema)
@@ -180,13 +185,13 @@ class Component:
     def upgrade_engine(
         self, engine: Engine, schema: str = DEFAULT_SCHEMA, to: int | None = None
     ) -> None:
-        """`upgrade` in a transaction of its own, tried again when a table lock cannot be had at once."""
+        """`upgrade` in its own transaction, tried again when a table lock cannot be had at once."""
         for attempt in _while_tables_are_locked():
             with attempt, _read_committed(engine) as connection, connection.begin():
                 self.upgrade(operations(connection), to=to, schema=schema)
 
     def downgrade_engine(self, engine: Engine, schema: str = DEFAULT_SCHEMA, to: int = 0) -> None:
-        """`downgrade` in a transaction of its own, tried again when a table lock cannot be had at once."""
+        """`downgrade` in its own transaction, tried again when a lock cannot be had at once."""
         for attempt in _while_tables_are_locked():
             with attempt, _read_committed(engine) as connection, connection.begin():
                 self.downgrade(operations(connection), to=to, schema=schema)
@@ -218,20 +223,22 @@ class Component:
         )
 
     def check(self, connection: Connection, schema: str = DEFAULT_SCHEMA) -> None:
-        """Raise `SchemaError`, saying what to do, unless this release's code can run on the tables as they are.
+        """Raise `SchemaError`, saying what to do, unless this release can run on these tables.
 
-        Tables newer than the code are accepted: they come first in a rolling deploy, and steps only add.
+        Tables newer than the code are accepted: in a rolling deploy they come first, and only add.
         """
         status = self.status(connection, schema)
         if status.version == 0:
             raise SchemaError(
-                f"schema {schema!r} has no tables of {self.name!r}: run `outbox migrate --schema {schema}`, "
+                f"schema {schema!r} has no tables of {self.name!r}: "
+                f"run `outbox migrate --schema {schema}`, "
                 f"or call {self.name}.schema.upgrade(op) from an Alembic revision"
             )
         if status.version < self.oldest_usable:
             raise SchemaError(
-                f"the tables of {self.name!r} in schema {schema!r} are at version {status.version}, and this release "
-                f"needs {self.oldest_usable} or newer: run `outbox migrate --schema {schema}`"
+                f"the tables of {self.name!r} in schema {schema!r} are at version "
+                f"{status.version}, and this release needs {self.oldest_usable} or newer: "
+                f"run `outbox migrate --schema {schema}`"
             )
 
     def _checked(self, target: int) -> int:
@@ -246,7 +253,8 @@ class Component:
         if context.as_sql:
             if from_ is None:
                 raise ConfigurationError(
-                    f"offline SQL cannot ask the database where it is: pass from_= to {self.name}.schema.upgrade"
+                    "offline SQL cannot ask the database where it is: "
+                    f"pass from_= to {self.name}.schema.upgrade and downgrade"
                 )
             return self._checked(from_)
         connection = context.connection

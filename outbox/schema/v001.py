@@ -1,12 +1,13 @@
-"""Version 1: the log with its cursors and leases, the inbox, and what waits for another try or for a person."""
+"""Version 1: the log with cursors and leases, the inbox, and what waits for a retry or a person."""
 
 from __future__ import annotations
 
 from typing import Final
 
 UP: Final = (
-    # --- the log. `xid` stands before `position`: defaults are evaluated in this order, so a transaction
-    # has its xid before its first position, on which the reader's completeness rests (outbox/reader.py).
+    # --- the log. `xid` stands before `position`: defaults are evaluated in this order, so a
+    # transaction has its xid before its first position, on which the reader's completeness rests
+    # (outbox/reader.py).
     "CREATE SEQUENCE {schema}.outbox_event_position AS bigint CACHE 1",
     """
     CREATE TABLE {schema}.outbox_event (
@@ -25,15 +26,17 @@ UP: Final = (
     """,
     # None on `position` alone: the planner would prefer it and filter by lane.
     "CREATE INDEX outbox_event_xid ON {schema}.outbox_event (xid, position)",
-    # Without a partition that takes any position, publishing would fail once maintenance falls behind.
+    # Without a partition that takes any position, publishing would fail once maintenance falls
+    # behind.
     "CREATE TABLE {schema}.outbox_event_default PARTITION OF {schema}.outbox_event DEFAULT",
     *(
-        "CREATE TABLE {schema}.outbox_event_p%012d PARTITION OF {schema}.outbox_event FOR VALUES FROM (%d) TO (%d)"
-        % (start, start, start + 1_000_000)
+        f"CREATE TABLE {{schema}}.outbox_event_p{start:012d} PARTITION OF {{schema}}.outbox_event "
+        f"FOR VALUES FROM ({start}) TO ({start + 1_000_000})"
         for start in (0, 1_000_000)
     ),
-    # --- cursors and leases: inserted, never updated, so that a held xmin horizon cannot make them rot.
-    # The newest row of a lane is the last entry of the index. `slot` is the table in use; the others get truncated.
+    # --- cursors and leases: inserted, never updated, so that a held xmin horizon cannot make them
+    # rot. The newest row of a lane is the last entry of the index. `slot` is the table in use; the
+    # others get truncated.
     """
     CREATE TABLE {schema}.outbox_cursor (
         slot        smallint    NOT NULL,
@@ -48,7 +51,8 @@ UP: Final = (
     ) PARTITION BY LIST (slot)
     """,
     *(
-        f"CREATE TABLE {{schema}}.outbox_cursor_{slot} PARTITION OF {{schema}}.outbox_cursor FOR VALUES IN ({slot})"
+        f"CREATE TABLE {{schema}}.outbox_cursor_{slot} "
+        f"PARTITION OF {{schema}}.outbox_cursor FOR VALUES IN ({slot})"
         for slot in range(3)
     ),
     "CREATE INDEX outbox_cursor_newest ON {schema}.outbox_cursor (lane, epoch, seq)",
@@ -78,7 +82,8 @@ UP: Final = (
         adopted_at        timestamptz NOT NULL DEFAULT clock_timestamp()
     )
     """,
-    # The counter of an ordered key: its row lock is what makes positions of a key follow its commits.
+    # The counter of an ordered key: its row lock is what makes positions of a key follow its
+    # commits.
     """
     CREATE TABLE {schema}.outbox_key (
         type        text        NOT NULL,
@@ -87,7 +92,8 @@ UP: Final = (
         PRIMARY KEY (type, key)
     ) WITH (fillfactor = 50)
     """,
-    # --- the inbox. Event ids are UUIDv7, so a range of ids is a range of time and forgetting is dropping a partition.
+    # --- the inbox. Event ids are UUIDv7, so a range of ids is a range of time and forgetting is
+    # dropping a partition.
     """
     CREATE TABLE {schema}.inbox (
         event_id    uuid        NOT NULL,
@@ -98,13 +104,14 @@ UP: Final = (
     ) PARTITION BY RANGE (event_id)
     """,
     "CREATE TABLE {schema}.inbox_default PARTITION OF {schema}.inbox DEFAULT",
-    # --- deliveries that one handler is owed at a time: retries, timers, redrives. Sent to the service's own queue
-    # when due; the row leaves in the transaction that settles the delivery.
+    # --- deliveries that one handler is owed at a time: retries, timers, redrives. Sent to the
+    # service's own queue when due; the row leaves in the transaction that settles the delivery.
     """
     CREATE TABLE {schema}.pending_delivery (
         handler         text        NOT NULL,
         event_id        uuid        NOT NULL,
-        reason          text        NOT NULL CHECK (reason IN ('retry', 'crash', 'redrive', 'timer')),
+        reason          text        NOT NULL
+                        CHECK (reason IN ('retry', 'crash', 'redrive', 'timer')),
         attempts        integer     NOT NULL DEFAULT 0,
         next_attempt_at timestamptz NOT NULL,
         type            text        NOT NULL,
@@ -149,8 +156,8 @@ UP: Final = (
 )
 
 DOWN: Final = (
-    "DROP TABLE {schema}.quarantine, {schema}.dead_letter, {schema}.pending_delivery, {schema}.inbox, "
-    "{schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, {schema}.outbox_lease, "
-    "{schema}.outbox_cursor, {schema}.outbox_event",
+    "DROP TABLE {schema}.quarantine, {schema}.dead_letter, {schema}.pending_delivery, "
+    "{schema}.inbox, {schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, "
+    "{schema}.outbox_lease, {schema}.outbox_cursor, {schema}.outbox_event",
     "DROP SEQUENCE {schema}.outbox_event_position",
 )

@@ -1,4 +1,4 @@
-"""The tables of `saga`, as versioned functions; the same as `outbox.schema`, on a version line of their own.
+"""The tables of `saga`, as versioned functions: `outbox.schema` again, on a line of their own.
 
 Both live in the same database schema, and a participant needs both.
 """

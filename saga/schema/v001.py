@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 UP: Final = (
-    # One row per saga and participant: its lock settles every race between a step, a join, a deadline and an abort.
-    # A row that an abort inserts before anything else happened here is the tombstone.
+    # One row per saga and participant: its lock settles every race between a step, a join, a
+    # deadline and an abort. A row that an abort inserts before anything else happened here is the
+    # tombstone.
     """
     CREATE TABLE {schema}.saga (
         saga_id     uuid        NOT NULL PRIMARY KEY,
@@ -25,8 +26,8 @@ UP: Final = (
         saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
         step        text        NOT NULL,
         trigger_id  uuid        NOT NULL,
-        state       text        NOT NULL CHECK (state IN
-                        ('done', 'rejected', 'refused', 'compensating', 'compensated', 'skipped', 'stuck')),
+        state       text        NOT NULL CHECK (state IN ('done', 'rejected', 'refused',
+                        'compensating', 'compensated', 'skipped', 'stuck')),
         trigger     bytea       NOT NULL,
         emitted     bytea,
         reason      text,
