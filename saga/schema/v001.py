@@ -21,13 +21,17 @@ UP: Final = (
     )
     """,
     "CREATE INDEX saga_open ON {schema}.saga (state) WHERE state IN ('running', 'compensating')",
+    "CREATE INDEX saga_stuck ON {schema}.saga (changed_at) WHERE stuck",
+    # One row per run of a step. The primary key lets a step run once per triggering event, also
+    # after the inbox has forgotten it; a start's trigger is its own event, a join's is the saga.
     """
     CREATE TABLE {schema}.saga_step (
         saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
         step        text        NOT NULL,
         trigger_id  uuid        NOT NULL,
-        state       text        NOT NULL CHECK (state IN ('done', 'rejected', 'refused',
-                        'compensating', 'compensated', 'skipped', 'stuck')),
+        state       text        NOT NULL CHECK (state IN
+                        ('done', 'rejected', 'skipped', 'stuck',
+                         'compensating', 'compensation_stuck', 'compensated')),
         trigger     bytea       NOT NULL,
         emitted     bytea,
         reason      text,
