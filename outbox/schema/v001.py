@@ -106,13 +106,16 @@ UP: Final = (
     "CREATE TABLE {schema}.inbox_default PARTITION OF {schema}.inbox DEFAULT",
     # --- deliveries that one handler is owed at a time: retries, timers, redrives. Sent to the
     # service's own queue when due; the row leaves in the transaction that settles the delivery.
+    # `sends` counts how often since its last attempt began: each time it waits twice as long.
     """
     CREATE TABLE {schema}.pending_delivery (
+        service         text        NOT NULL,
         handler         text        NOT NULL,
         event_id        uuid        NOT NULL,
         reason          text        NOT NULL
                         CHECK (reason IN ('retry', 'crash', 'redrive', 'timer')),
         attempts        integer     NOT NULL DEFAULT 0,
+        sends           integer     NOT NULL DEFAULT 0,
         next_attempt_at timestamptz NOT NULL,
         type            text        NOT NULL,
         key             text,
@@ -123,11 +126,12 @@ UP: Final = (
         PRIMARY KEY (handler, event_id)
     )
     """,
-    "CREATE INDEX pending_delivery_due ON {schema}.pending_delivery (next_attempt_at)",
+    "CREATE INDEX pending_delivery_due ON {schema}.pending_delivery (service, next_attempt_at)",
     # --- what waits for a person
     """
     CREATE TABLE {schema}.dead_letter (
         id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        service     text        NOT NULL,
         handler     text        NOT NULL,
         event_id    uuid        NOT NULL,
         type        text        NOT NULL,
@@ -144,13 +148,15 @@ UP: Final = (
     """
     CREATE TABLE {schema}.quarantine (
         id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        digest      bytea       NOT NULL UNIQUE,
+        service     text        NOT NULL,
+        digest      bytea       NOT NULL,
         reason      text        NOT NULL,
         headers     text        NOT NULL,
         body        bytea       NOT NULL,
         times_seen  integer     NOT NULL DEFAULT 1,
         first_seen  timestamptz NOT NULL DEFAULT clock_timestamp(),
-        last_seen   timestamptz NOT NULL DEFAULT clock_timestamp()
+        last_seen   timestamptz NOT NULL DEFAULT clock_timestamp(),
+        UNIQUE (service, digest)
     )
     """,
 )
