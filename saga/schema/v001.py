@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Final
 
 UP: Final = (
+    "CREATE SCHEMA IF NOT EXISTS {schema}",
     # One row per saga and participant: its lock settles every race between a step, a join, a
     # deadline and an abort. A row that an abort inserts before anything else happened here is the
-    # tombstone.
+    # tombstone. The participant is part of every key, so that two can share a schema.
     """
     CREATE TABLE {schema}.saga (
-        saga_id     uuid        NOT NULL PRIMARY KEY,
+        saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
         definition  text,
         state       text        NOT NULL CHECK (state IN
                         ('running', 'completed', 'compensating', 'compensated')),
         stuck       boolean     NOT NULL DEFAULT false,
         reason      text,
         started_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-        changed_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+        changed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (saga_id, participant)
     )
     """,
     "CREATE INDEX saga_open ON {schema}.saga (state) WHERE state IN ('running', 'compensating')",
@@ -26,7 +29,8 @@ UP: Final = (
     # after the inbox has forgotten it; a start's trigger is its own event, a join's is the saga.
     """
     CREATE TABLE {schema}.saga_step (
-        saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
+        saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
         step        text        NOT NULL,
         trigger_id  uuid        NOT NULL,
         state       text        NOT NULL CHECK (state IN
@@ -38,18 +42,22 @@ UP: Final = (
         ordinal     bigint      GENERATED ALWAYS AS IDENTITY,
         ran_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
         changed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-        PRIMARY KEY (saga_id, step, trigger_id)
+        PRIMARY KEY (saga_id, participant, step, trigger_id),
+        FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
     )
     """,
+    # The first event of each type that a join waits for; a second one of that type changes nothing.
     """
     CREATE TABLE {schema}.saga_join_arrival (
-        saga_id     uuid        NOT NULL REFERENCES {schema}.saga ON DELETE CASCADE,
+        saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
         "join"      text        NOT NULL,
         type        text        NOT NULL,
         event_id    uuid        NOT NULL,
         body        bytea       NOT NULL,
         arrived_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-        PRIMARY KEY (saga_id, "join", type)
+        PRIMARY KEY (saga_id, participant, "join", type),
+        FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
     )
     """,
 )
