@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 UP: Final = (
-    "CREATE SCHEMA IF NOT EXISTS {schema}",
     # One row per saga and participant: its lock settles every race between a step, a join, a
     # deadline and an abort. A row that an abort inserts before anything else happened here is the
     # tombstone. The participant is part of every key, so that two can share a schema.
