@@ -8,14 +8,13 @@ work once, and a failure leaves nothing half done.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final, Protocol
 
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -24,9 +23,12 @@ from outbox.errors import ConfigurationError, SchemaError
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 if TYPE_CHECKING:
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
     from sqlalchemy import Engine, Executable
 
 _DISTRIBUTION: Final = "outbox-saga"
+_CREATED_TABLE: Final = re.compile(r"CREATE TABLE \{schema\}\.(\w+)")
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
 _LOCK_NOT_AVAILABLE: Final = "55P03"
 
@@ -138,6 +140,16 @@ class Component:
     def latest(self) -> int:
         """The newest version that this release has."""
         return len(self.versions)
+
+    @property
+    def table_names(self) -> frozenset[str]:
+        """Every table that any of its steps creates, without the schema."""
+        return frozenset(
+            name
+            for step in self.versions
+            for statement in step.UP
+            for name in _CREATED_TABLE.findall(statement)
+        )
 
     def upgrade(
         self,
@@ -289,6 +301,10 @@ class Component:
 
 def operations(connection: Connection) -> Operations:
     """Alembic's operations on *connection*, outside any Alembic environment."""
+    # Not at the top: Alembic, while it is imported, loads our plug-in, and relays do not need it.
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
+
     return Operations(MigrationContext.configure(connection))
 
 

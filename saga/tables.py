@@ -1,0 +1,90 @@
+"""The tables of `saga` as SQLAlchemy Core: the journal that each participant keeps."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Text,
+    Uuid,
+    false,
+    text,
+)
+
+from outbox.sql import DEFAULT_SCHEMA, checked_identifier
+from outbox.tables import moment, own_table
+
+
+def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) -> MetaData:
+    """All tables of `saga` in *schema*, added to *metadata* or to a new one."""
+    checked_identifier(schema)
+    metadata = MetaData() if metadata is None else metadata
+    own_table(
+        "saga",
+        metadata,
+        Column("saga_id", Uuid, primary_key=True),
+        Column("definition", Text),
+        Column("state", Text, nullable=False),
+        Column("stuck", Boolean, nullable=False, server_default=false()),
+        Column("reason", Text),
+        moment("started_at"),
+        moment("changed_at"),
+        CheckConstraint(
+            "state IN ('running', 'completed', 'compensating', 'compensated')",
+            name="saga_state_check",
+        ),
+        Index(
+            "saga_open",
+            "state",
+            postgresql_where=text("state IN ('running', 'compensating')"),
+        ),
+        schema=schema,
+    )
+    own_table(
+        "saga_step",
+        metadata,
+        _of_a_saga(schema),
+        Column("step", Text, nullable=False),
+        Column("trigger_id", Uuid, nullable=False),
+        Column("state", Text, nullable=False),
+        Column("trigger", LargeBinary, nullable=False),
+        Column("emitted", LargeBinary),
+        Column("reason", Text),
+        Column("ordinal", BigInteger, Identity(always=True)),
+        moment("ran_at"),
+        moment("changed_at"),
+        PrimaryKeyConstraint("saga_id", "step", "trigger_id"),
+        CheckConstraint(
+            "state IN ('done', 'rejected', 'refused', 'compensating', 'compensated', 'skipped', "
+            "'stuck')",
+            name="saga_step_state_check",
+        ),
+        schema=schema,
+    )
+    own_table(
+        "saga_join_arrival",
+        metadata,
+        _of_a_saga(schema),
+        Column("join", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("event_id", Uuid, nullable=False),
+        Column("body", LargeBinary, nullable=False),
+        moment("arrived_at"),
+        PrimaryKeyConstraint("saga_id", "join", "type"),
+        schema=schema,
+    )
+    return metadata
+
+
+def _of_a_saga(schema: str) -> Column[object]:
+    return Column(
+        "saga_id", Uuid, ForeignKey(f"{schema}.saga.saga_id", ondelete="CASCADE"), nullable=False
+    )
