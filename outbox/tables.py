@@ -58,6 +58,7 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
     """
     checked_identifier(schema)
     metadata = MetaData() if metadata is None else metadata
+    _bookkeeping(metadata, schema)
     _log(metadata, schema)
     _cursors_and_leases(metadata, schema)
     _receiving(metadata, schema)
@@ -79,6 +80,19 @@ def moment(name: str, *, default: bool = True, nullable: bool = False) -> Column
         DateTime(timezone=True),
         nullable=nullable,
         server_default=text("clock_timestamp()") if default else None,
+    )
+
+
+def _bookkeeping(metadata: MetaData, schema: str) -> None:
+    own_table(
+        "schema_version",
+        metadata,
+        Column("component", Text, nullable=False),
+        Column("version", Integer, nullable=False),
+        Column("package_version", Text, nullable=False),
+        moment("applied_at"),
+        PrimaryKeyConstraint("component", "version"),
+        schema=schema,
     )
 
 
@@ -180,10 +194,12 @@ def _receiving(metadata: MetaData, schema: str) -> None:
     own_table(
         "pending_delivery",
         metadata,
+        Column("service", Text, nullable=False),
         Column("handler", Text, nullable=False),
         Column("event_id", Uuid, nullable=False),
         Column("reason", Text, nullable=False),
         Column("attempts", Integer, nullable=False, server_default=text("0")),
+        Column("sends", Integer, nullable=False, server_default=text("0")),
         moment("next_attempt_at", default=False),
         Column("type", Text, nullable=False),
         Column("key", Text),
@@ -196,7 +212,7 @@ def _receiving(metadata: MetaData, schema: str) -> None:
             "reason IN ('retry', 'crash', 'redrive', 'timer')",
             name="pending_delivery_reason_check",
         ),
-        Index("pending_delivery_due", "next_attempt_at"),
+        Index("pending_delivery_due", "service", "next_attempt_at"),
         schema=schema,
     )
 
@@ -206,6 +222,7 @@ def _waiting_for_a_person(metadata: MetaData, schema: str) -> None:
         "dead_letter",
         metadata,
         Column("id", BigInteger, Identity(always=True), primary_key=True),
+        Column("service", Text, nullable=False),
         Column("handler", Text, nullable=False),
         Column("event_id", Uuid, nullable=False),
         Column("type", Text, nullable=False),
@@ -223,12 +240,14 @@ def _waiting_for_a_person(metadata: MetaData, schema: str) -> None:
         "quarantine",
         metadata,
         Column("id", BigInteger, Identity(always=True), primary_key=True),
-        Column("digest", LargeBinary, nullable=False, unique=True),
+        Column("service", Text, nullable=False),
+        Column("digest", LargeBinary, nullable=False),
         Column("reason", Text, nullable=False),
         Column("headers", Text, nullable=False),
         Column("body", LargeBinary, nullable=False),
         Column("times_seen", Integer, nullable=False, server_default=text("1")),
         moment("first_seen"),
         moment("last_seen"),
+        UniqueConstraint("service", "digest"),
         schema=schema,
     )

@@ -7,7 +7,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
-    ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     LargeBinary,
@@ -18,6 +18,7 @@ from sqlalchemy import (
     false,
     text,
 )
+from sqlalchemy.schema import SchemaItem
 
 from outbox.sql import DEFAULT_SCHEMA, checked_identifier
 from outbox.tables import moment, own_table
@@ -30,13 +31,15 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
     own_table(
         "saga",
         metadata,
-        Column("saga_id", Uuid, primary_key=True),
+        Column("saga_id", Uuid, nullable=False),
+        Column("participant", Text, nullable=False),
         Column("definition", Text),
         Column("state", Text, nullable=False),
         Column("stuck", Boolean, nullable=False, server_default=false()),
         Column("reason", Text),
         moment("started_at"),
         moment("changed_at"),
+        PrimaryKeyConstraint("saga_id", "participant"),
         CheckConstraint(
             "state IN ('running', 'completed', 'compensating', 'compensated')",
             name="saga_state_check",
@@ -46,12 +49,13 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
             "state",
             postgresql_where=text("state IN ('running', 'compensating')"),
         ),
+        Index("saga_stuck", "changed_at", postgresql_where=text("stuck")),
         schema=schema,
     )
     own_table(
         "saga_step",
         metadata,
-        _of_a_saga(schema),
+        *_of_a_saga(schema),
         Column("step", Text, nullable=False),
         Column("trigger_id", Uuid, nullable=False),
         Column("state", Text, nullable=False),
@@ -61,10 +65,10 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("ordinal", BigInteger, Identity(always=True)),
         moment("ran_at"),
         moment("changed_at"),
-        PrimaryKeyConstraint("saga_id", "step", "trigger_id"),
+        PrimaryKeyConstraint("saga_id", "participant", "step", "trigger_id"),
         CheckConstraint(
-            "state IN ('done', 'rejected', 'refused', 'compensating', 'compensated', 'skipped', "
-            "'stuck')",
+            "state IN ('done', 'rejected', 'skipped', 'stuck', "
+            "'compensating', 'compensation_stuck', 'compensated')",
             name="saga_step_state_check",
         ),
         schema=schema,
@@ -72,19 +76,25 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
     own_table(
         "saga_join_arrival",
         metadata,
-        _of_a_saga(schema),
+        *_of_a_saga(schema),
         Column("join", Text, nullable=False),
         Column("type", Text, nullable=False),
         Column("event_id", Uuid, nullable=False),
         Column("body", LargeBinary, nullable=False),
         moment("arrived_at"),
-        PrimaryKeyConstraint("saga_id", "join", "type"),
+        PrimaryKeyConstraint("saga_id", "participant", "join", "type"),
         schema=schema,
     )
     return metadata
 
 
-def _of_a_saga(schema: str) -> Column[object]:
-    return Column(
-        "saga_id", Uuid, ForeignKey(f"{schema}.saga.saga_id", ondelete="CASCADE"), nullable=False
+def _of_a_saga(schema: str) -> tuple[SchemaItem, ...]:
+    return (
+        Column("saga_id", Uuid, nullable=False),
+        Column("participant", Text, nullable=False),
+        ForeignKeyConstraint(
+            ["saga_id", "participant"],
+            [f"{schema}.saga.saga_id", f"{schema}.saga.participant"],
+            ondelete="CASCADE",
+        ),
     )
