@@ -7,7 +7,13 @@ from typing import Any
 
 from sqlglot import exp
 
-from saga.testing.model.expressions import Compiled, Environment, ModelGap, caster, compile_expression
+from saga.testing.model.expressions import (
+    Compiled,
+    Environment,
+    ModelGap,
+    caster,
+    compile_expression,
+)
 from saga.testing.model.statements import table_name
 from saga.testing.model.storage import Column, Storage, Table, Values
 
@@ -35,7 +41,9 @@ def _create_table(node: exp.Create, storage: Storage) -> None:
         if isinstance(part, exp.ColumnDef):
             _add_column(table, part, storage)
         else:
-            _add_constraint(table, part.expressions[0] if isinstance(part, exp.Constraint) else part, storage)
+            _add_constraint(
+                table, part.expressions[0] if isinstance(part, exp.Constraint) else part, storage
+            )
     if name not in storage.tables:
         storage.tables[name] = table
 
@@ -45,7 +53,12 @@ def _create_unique_index(node: exp.Create, storage: Storage) -> None:
     table = storage.tables[table_name(index.args["table"])]
     if index.find(exp.Where) is None:
         columns = index.args["params"].args["columns"]
-        table.unique.append(tuple(column.this.name if isinstance(column, exp.Ordered) else column.name for column in columns))
+        table.unique.append(
+            tuple(
+                column.this.name if isinstance(column, exp.Ordered) else column.name
+                for column in columns
+            )
+        )
 
 
 def _add_column(table: Table, node: exp.ColumnDef, storage: Storage) -> None:
@@ -99,7 +112,9 @@ def _add_constraint(table: Table, node: exp.Expression, storage: Storage) -> Non
         raise ModelGap(f"the model database does not know the constraint {node.sql('postgres')}")
 
 
-def _check(table: Table, condition: exp.Expression, storage: Storage) -> Callable[[Values], bool | None]:
+def _check(
+    table: Table, condition: exp.Expression, storage: Storage
+) -> Callable[[Values], bool | None]:
     compiled = compile_expression(condition)
     alias = table.name.split(".")[1]
 

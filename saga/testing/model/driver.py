@@ -7,9 +7,9 @@ connection.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,17 +26,26 @@ from sqlglot import exp
 from saga.testing.model.definitions import define
 from saga.testing.model.expressions import Environment
 from saga.testing.model.statements import Result, execute
-from saga.testing.model.storage import Storage, Transaction
+from saga.testing.model.storage import Storage, Transaction, Wait
 
-_SAVEPOINT = re.compile(r"\s*(SAVEPOINT|RELEASE SAVEPOINT|ROLLBACK TO SAVEPOINT|ROLLBACK TO)\s+(\w+)", re.IGNORECASE)
-_SETTING = re.compile(r"\s*(SET|SHOW|GRANT|COMMENT|TRUNCATE|ALTER|CREATE\s+(SCHEMA|SEQUENCE)|DROP\s+(SCHEMA|SEQUENCE))\b", re.IGNORECASE)
+_SAVEPOINT = re.compile(
+    r"\s*(SAVEPOINT|RELEASE SAVEPOINT|ROLLBACK TO SAVEPOINT|ROLLBACK TO)\s+(\w+)", re.IGNORECASE
+)
+_SETTING = re.compile(
+    r"\s*(SET|SHOW|GRANT|COMMENT|TRUNCATE|ALTER|CREATE\s+(SCHEMA|SEQUENCE)|DROP\s+(SCHEMA|SEQUENCE))\b",
+    re.IGNORECASE,
+)
 _PARTITION = re.compile(r"\bPARTITION\s+OF\b", re.IGNORECASE)
-_PARTITIONED = re.compile(r"\)\s*(PARTITION\s+BY\s+.*|WITH\s*\(.*\)\s*)$", re.IGNORECASE | re.DOTALL)
+_PARTITIONED = re.compile(
+    r"\)\s*(PARTITION\s+BY\s+.*|WITH\s*\(.*\)\s*)$", re.IGNORECASE | re.DOTALL
+)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(sql: str) -> exp.Expression:
-    return sqlglot.parse_one(sql, read="postgres")
+    parsed = sqlglot.parse_one(sql, read="postgres")
+    assert isinstance(parsed, exp.Expression)
+    return parsed
 
 
 class ModelDatabase:
@@ -46,7 +55,7 @@ class ModelDatabase:
         self,
         name: str = "model",
         *,
-        wait: Callable[[Transaction, Transaction], None] | None = None,
+        wait: Wait | None = None,
         on_step: Callable[[str], None] = lambda _: None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -60,7 +69,11 @@ class ModelDatabase:
     def engine(self) -> Engine:
         """A SQLAlchemy engine on this database, without a pool: a connection is an object."""
         return create_engine(
-            "postgresql+model://", creator=self.connect, poolclass=NullPool, module=_dbapi, connect_args={}
+            "postgresql+model://",
+            creator=self.connect,
+            poolclass=NullPool,
+            module=_dbapi,
+            connect_args={},
         )
 
     def define(self, *statements: str) -> None:
@@ -71,8 +84,10 @@ class ModelDatabase:
             connection.commit()
 
 
-def _nobody_else(_waiter: Transaction, _holder: Transaction) -> None:
-    raise errors.LockNotAvailable("the statement would wait for another transaction, and no scheduler runs that one")
+def _nobody_else(_waiter: Transaction, _blocked: Callable[[], bool]) -> None:
+    raise errors.LockNotAvailable(
+        "the statement would wait for another transaction, and no scheduler runs that one"
+    )
 
 
 class Connection:
@@ -144,15 +159,20 @@ class Cursor:
             self._savepoint(savepoint[1].upper(), savepoint[2], transaction)
             return self
         if connection.failed:
-            raise errors.InFailedSqlTransaction("current transaction is aborted, commands ignored until its end")
+            raise errors.InFailedSqlTransaction(
+                "current transaction is aborted, commands ignored until its end"
+            )
         try:
             result = self._run(sql, params or {}, transaction)
         except psycopg.Error:
             connection.failed = True
+            connection.database.storage.fail(transaction)
             raise
         self._rows = iter(result.rows)
         self.rowcount = result.count
-        self.description = [(name, None, None, None, None, None, None) for name in result.columns] or None
+        self.description = [
+            (name, None, None, None, None, None, None) for name in result.columns
+        ] or None
         if connection.autocommit:
             connection.commit()
         return self
@@ -160,10 +180,10 @@ class Cursor:
     def _run(self, sql: str, params: Mapping[str, Any], transaction: Transaction) -> Result:
         storage = self.connection.database.storage
         if _SETTING.match(sql) or _PARTITION.search(sql):
-            return Result([], [], 0)
+            return Result([], [], -1)
         if sql.lstrip()[:6].upper() in {"CREATE", "DROP T"}:
             define(_parse(_PARTITIONED.sub(")", sql)), storage)
-            return Result([], [], 0)
+            return Result([], [], -1)
         return execute(_parse(sql), Environment(storage, transaction, params))
 
     def _savepoint(self, verb: str, name: str, transaction: Transaction) -> None:
@@ -222,12 +242,14 @@ class ModelDialect(PGDialect):
     def _get_server_version_info(self, connection: Any) -> tuple[int, int]:
         return (18, 0)
 
-    def has_table(self, connection: Any, table_name: str, schema: str | None = None, **_: Any) -> bool:
+    def has_table(
+        self, connection: Any, table_name: str, schema: str | None = None, **_: Any
+    ) -> bool:
         database = connection.connection.driver_connection.database
         return f"{schema or 'public'}.{table_name}" in database.storage.tables
 
     def has_multi_table(
-        self, connection: Any, table_names: list[str], schema: str | None = None, **_: Any
+        self, connection: Any, table_names: Sequence[str], schema: str | None = None, **_: Any
     ) -> list[tuple[tuple[str | None, str], bool]]:
         return [((schema, name), self.has_table(connection, name, schema)) for name in table_names]
 
@@ -237,7 +259,7 @@ class ModelDialect(PGDialect):
     def is_disconnect(self, e: Exception, connection: Any, cursor: Any) -> bool:
         return isinstance(e, psycopg.OperationalError) and getattr(e, "sqlstate", None) is None
 
-    def get_isolation_level(self, dbapi_connection: Any) -> str:
+    def get_isolation_level(self, dbapi_connection: Any) -> Any:
         return "READ COMMITTED"
 
     def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:

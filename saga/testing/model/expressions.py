@@ -40,7 +40,13 @@ class Environment:
 
     def scope(self, rows: Mapping[str, Mapping[str, Any] | None]) -> Environment:
         return Environment(
-            self.storage, self.transaction, self.params, {**self.rows, **rows}, self.tables, None, self.run_query
+            self.storage,
+            self.transaction,
+            self.params,
+            {**self.rows, **rows},
+            self.tables,
+            None,
+            self.run_query,
         )
 
 
@@ -52,7 +58,9 @@ def compile_expression(node: exp.Expression) -> Compiled:
     for kind, build in _BUILDERS.items():
         if isinstance(node, kind):
             return build(node)
-    raise ModelGap(f"the model database does not know {type(node).__name__}: {node.sql('postgres')}")
+    raise ModelGap(
+        f"the model database does not know {type(node).__name__}: {node.sql('postgres')}"
+    )
 
 
 def column_value(env: Environment, table: str, name: str) -> Any:
@@ -231,7 +239,9 @@ def _between(node: exp.Expression) -> Compiled:
 
     def run(env: Environment) -> bool | None:
         a, b, c = value(env), low(env), high(env)
-        return None if a is None or b is None or c is None else alike(a, b)[1] <= a <= alike(a, c)[1]
+        return (
+            None if a is None or b is None or c is None else alike(a, b)[1] <= a <= alike(a, c)[1]
+        )
 
     return run
 
@@ -240,14 +250,19 @@ def _case(node: exp.Expression) -> Compiled:
     assert isinstance(node, exp.Case)
     subject = None if node.this is None else compile_expression(node.this)
     branches = [
-        (compile_expression(branch.this), compile_expression(branch.args["true"])) for branch in node.args["ifs"]
+        (compile_expression(branch.this), compile_expression(branch.args["true"]))
+        for branch in node.args["ifs"]
     ]
     default = node.args.get("default")
     otherwise = None if default is None else compile_expression(default)
 
     def run(env: Environment) -> Any:
         for condition, result in branches:
-            met = condition(env) is True if subject is None else operator.eq(*alike(subject(env), condition(env)))
+            met = (
+                condition(env) is True
+                if subject is None
+                else operator.eq(*alike(subject(env), condition(env)))
+            )
             if met:
                 return result(env)
         return None if otherwise is None else otherwise(env)
@@ -285,8 +300,19 @@ def caster(type_name: str) -> Callable[[Any], Any]:
     return lambda value: None if value is None else convert(value)
 
 
-_INTERVAL = re.compile(r"(-?[\d.]+)\s*(ms|millisecond|second|sec|s|minute|min|hour|day|week)s?", re.IGNORECASE)
-_UNITS = {"ms": 0.001, "mil": 0.001, "sec": 1, "s": 1, "min": 60, "hou": 3600, "day": 86400, "wee": 604800}
+_INTERVAL = re.compile(
+    r"(-?[\d.]+)\s*(ms|millisecond|second|sec|s|minute|min|hour|day|week)s?", re.IGNORECASE
+)
+_UNITS = {
+    "ms": 0.001,
+    "mil": 0.001,
+    "sec": 1,
+    "s": 1,
+    "min": 60,
+    "hou": 3600,
+    "day": 86400,
+    "wee": 604800,
+}
 
 
 def parse_interval(text: str) -> timedelta:
@@ -336,7 +362,11 @@ def _aggregate(combine: Callable[[list[Any]], Any]) -> Callable[[exp.Expression]
     def build(node: exp.Expression) -> Compiled:
         star = isinstance(node.this, exp.Star)
         distinct = isinstance(node.this, exp.Distinct)
-        inner = None if star else compile_expression(node.this.expressions[0] if distinct else node.this)
+        inner = (
+            None
+            if star
+            else compile_expression(node.this.expressions[0] if distinct else node.this)
+        )
 
         def run(env: Environment) -> Any:
             if env.group is None:
@@ -352,10 +382,13 @@ def _aggregate(combine: Callable[[list[Any]], Any]) -> Callable[[exp.Expression]
 
 def _make_interval(node: exp.Expression) -> Compiled:
     parts = {
-        str(kwarg.name): compile_expression(kwarg.expression) for kwarg in node.find_all(exp.Kwarg, exp.PropertyEQ)
+        str(kwarg.name): compile_expression(kwarg.expression)
+        for kwarg in node.find_all(exp.Kwarg, exp.PropertyEQ)
     }
     names = {"secs": "seconds", "mins": "minutes"}
-    return lambda env: timedelta(**{names.get(name, name): float(part(env)) for name, part in parts.items()})
+    return lambda env: timedelta(
+        **{names.get(name, name): float(part(env)) for name, part in parts.items()}
+    )
 
 
 def _function(node: exp.Expression) -> Compiled:
@@ -414,8 +447,12 @@ _BUILDERS: dict[type[exp.Expression], Callable[[exp.Expression], Compiled]] = {
     exp.Select: _scalar_subquery,
     exp.CurrentTimestamp: lambda _: lambda env: env.storage.clock(),
     exp.MakeInterval: _make_interval,
-    exp.Lower: lambda node: (lambda inner: lambda env: str(inner(env)).lower())(compile_expression(node.this)),
-    exp.Upper: lambda node: (lambda inner: lambda env: str(inner(env)).upper())(compile_expression(node.this)),
+    exp.Lower: lambda node: (lambda inner: lambda env: str(inner(env)).lower())(
+        compile_expression(node.this)
+    ),
+    exp.Upper: lambda node: (lambda inner: lambda env: str(inner(env)).upper())(
+        compile_expression(node.this)
+    ),
     exp.Count: _aggregate(len),
     exp.Sum: _aggregate(lambda values: sum(values) if values else None),
     exp.Max: _aggregate(lambda values: max(values, default=None)),

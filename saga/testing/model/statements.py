@@ -48,7 +48,9 @@ def execute(node: exp.Expression, env: Environment) -> Result:
         return _update(node, env)
     if isinstance(node, exp.Delete):
         return _delete(node, env)
-    raise ModelGap(f"the model database does not know {type(node).__name__}: {node.sql('postgres')}")
+    raise ModelGap(
+        f"the model database does not know {type(node).__name__}: {node.sql('postgres')}"
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -98,7 +100,10 @@ def _source(node: exp.Expression, env: Environment) -> list[Found]:
         given = node.args.get("alias")
         names = [column.name for column in given.columns] if given is not None else []
         names = names or [f"unnest{at or ''}" for at in range(len(lists))]
-        return [({alias: dict(zip(names, row, strict=True))}, {}) for row in itertools.zip_longest(*lists)]
+        return [
+            ({alias: dict(zip(names, row, strict=True))}, {})
+            for row in itertools.zip_longest(*lists)
+        ]
     raise ModelGap(f"the model database cannot read from {node.sql('postgres')}")
 
 
@@ -141,9 +146,13 @@ def select(node: exp.Expression, env: Environment) -> Result:
     if isinstance(node, exp.Subquery):
         return select(node.this, env)
     if isinstance(node, exp.Union):
-        left, right = select(node.left, env), select(node.right, env)
+        left, right = (select(side, env) for side in (node.this, node.expression))
         rows = left.rows + right.rows
-        return Result(left.columns, list(dict.fromkeys(rows)) if node.args.get("distinct") else rows, len(rows))
+        return Result(
+            left.columns,
+            list(dict.fromkeys(rows)) if node.args.get("distinct") else rows,
+            len(rows),
+        )
     if isinstance(node, exp.Values):
         rows = [tuple(_compiled(item)(env) for item in row.expressions) for row in node.expressions]
         return Result([f"column{at + 1}" for at in range(len(rows[0]))], rows, len(rows))
@@ -178,7 +187,7 @@ def _ordered(node: exp.Expression, env: Environment, found: list[Found]) -> list
         key = _compiled(term.this)
         descending = bool(term.args.get("desc"))
 
-        def sort_key(one: Found, key: Compiled = key, nulls: bool = not descending) -> tuple[bool, Any]:
+        def sort_key(one: Found, key: Compiled = key) -> tuple[bool, Any]:
             value = key(env.scope(one[0]))
             return ((value is None), 0 if value is None else value)
 
@@ -187,7 +196,11 @@ def _ordered(node: exp.Expression, env: Environment, found: list[Found]) -> list
 
 
 def _locked(
-    node: exp.Expression, lock: exp.Lock, env: Environment, found: list[Found], fits: Callable[[Scope], bool]
+    node: exp.Expression,
+    lock: exp.Lock,
+    env: Environment,
+    found: list[Found],
+    fits: Callable[[Scope], bool],
 ) -> Iterator[Found]:
     wait = lock.args.get("wait")
     or_skip, or_fail = wait is False, wait is True
@@ -217,22 +230,31 @@ def _projected(node: Any, env: Environment, scopes: list[Environment]) -> Result
     columns: list[str] = []
     readers: list[Callable[[Environment], list[Any]]] = []
     for item, name in zip(node.expressions, _names(node), strict=True):
-        star = isinstance(item, exp.Star) or (isinstance(item, exp.Column) and isinstance(item.this, exp.Star))
-        if star:
+        if item.is_star:
             alias = item.table if isinstance(item, exp.Column) else ""
             names = _star_names(node, env, scopes, alias)
             columns += [column for _, column in names]
-            readers.append(lambda at, names=names: [(at.rows[table] or {}).get(column) for table, column in names])
+            readers.append(_star_reader(names))
         else:
             columns.append(name)
-            readers.append(lambda at, compiled=_compiled(item): [compiled(at)])
+            readers.append(_reader(_compiled(item)))
     rows = [tuple(value for read in readers for value in read(at)) for at in scopes]
     if node.args.get("distinct"):
         rows = list(dict.fromkeys(rows))
     return Result(columns, rows, len(rows))
 
 
-def _star_names(node: Any, env: Environment, scopes: list[Environment], alias: str) -> list[tuple[str, str]]:
+def _reader(compiled: Compiled) -> Callable[[Environment], list[Any]]:
+    return lambda at: [compiled(at)]
+
+
+def _star_reader(names: list[tuple[str, str]]) -> Callable[[Environment], list[Any]]:
+    return lambda at: [(at.rows[table] or {}).get(column) for table, column in names]
+
+
+def _star_names(
+    node: Any, env: Environment, scopes: list[Environment], alias: str
+) -> list[tuple[str, str]]:
     if scopes:
         return [
             (table, column)
@@ -243,7 +265,9 @@ def _star_names(node: Any, env: Environment, scopes: list[Environment], alias: s
     clause = node.args.get("from_") or node.args.get("from")
     source = clause.this if clause is not None else None
     if isinstance(source, exp.Table) and table_name(source) in env.storage.tables:
-        return [(source.alias_or_name, name) for name in env.storage.tables[table_name(source)].columns]
+        return [
+            (source.alias_or_name, name) for name in env.storage.tables[table_name(source)].columns
+        ]
     return []
 
 
@@ -267,7 +291,7 @@ def _grouped(node: exp.Select, env: Environment, scopes: list[Scope]) -> Result:
         pairs = list(zip(environments, result.rows, strict=True))
         for term in reversed(order.expressions):
             key = _compiled(term.this)
-            pairs.sort(key=lambda pair: key(pair[0]), reverse=bool(term.args.get("desc")))  # noqa: B023
+            pairs.sort(key=lambda pair: key(pair[0]), reverse=bool(term.args.get("desc")))
         result.rows = [row for _, row in pairs]
     return result
 
@@ -275,7 +299,7 @@ def _grouped(node: exp.Select, env: Environment, scopes: list[Scope]) -> Result:
 # --- writing
 
 
-def _returned(node: exp.Expression, env: Environment, alias: str, written: list[Scope]) -> Result:
+def _returned(node: exp.Expression, env: Environment, written: list[Scope]) -> Result:
     returning = node.args.get("returning")
     if returning is None:
         return Result([], [], len(written))
@@ -287,34 +311,46 @@ def _insert(node: exp.Insert, env: Environment) -> Result:
     schema = node.this
     target = schema.this if isinstance(schema, exp.Schema) else schema
     table = _table(env, target)
-    names = [column.name for column in schema.expressions] if isinstance(schema, exp.Schema) else list(table.columns)
+    names = (
+        [column.name for column in schema.expressions]
+        if isinstance(schema, exp.Schema)
+        else list(table.columns)
+    )
     source = node.args.get("expression")
     if source is None:
         given: list[dict[str, Any]] = [{}]
     elif isinstance(source, exp.Values):
         given = [_row_of_values(names, row.expressions, env) for row in source.expressions]
     else:
-        given = [dict(zip(names, row, strict=True)) for row in select(source, env).rows]
+        given = [dict(zip(names, row, strict=False)) for row in select(source, env).rows]
     alias = target.alias or target.name
-    written = [scope for one in given if (scope := _insert_row(node, env, table, alias, one)) is not None]
-    return _returned(node, env, alias, written)
+    written = [
+        scope for one in given if (scope := _insert_row(node, env, table, alias, one)) is not None
+    ]
+    return _returned(node, env, written)
 
 
-def _row_of_values(names: list[str], items: list[exp.Expression], env: Environment) -> dict[str, Any]:
+def _row_of_values(
+    names: list[str], items: list[exp.Expression], env: Environment
+) -> dict[str, Any]:
     return {
         name: _compiled(item)(env)
-        for name, item in zip(names, items, strict=True)
+        for name, item in zip(names, items, strict=False)
         if not (isinstance(item, exp.Var | exp.Column) and item.name.upper() == "DEFAULT")
     }
 
 
-def _insert_row(node: exp.Insert, env: Environment, table: Table, alias: str, given: dict[str, Any]) -> Scope | None:
+def _insert_row(
+    node: exp.Insert, env: Environment, table: Table, alias: str, given: dict[str, Any]
+) -> Scope | None:
     values = _with_defaults(table, given, env)
     conflict = node.args.get("conflict")
     while (met := env.storage.conflict(table, values, env.transaction)) is not None:
         row, key = met
         if conflict is None:
-            raise errors.UniqueViolation(f'duplicate key value violates unique constraint on {", ".join(key)} of "{table.name}"')
+            raise errors.UniqueViolation(
+                f'duplicate key value violates unique constraint on {", ".join(key)} of "{table.name}"'
+            )
         if not conflict.expressions:
             return None
         updated = _update_on_conflict(conflict, env, table, alias, row, values)
@@ -339,7 +375,11 @@ def _update_on_conflict(
     where = conflict.args.get("where")
     if where is not None and _compiled(where.this)(scope) is not True:
         return None
-    return {alias: _write_assignments(conflict.expressions, env.storage, table, row, current, scope, env)}
+    return {
+        alias: _write_assignments(
+            conflict.expressions, env.storage, table, row, current, scope, env
+        )
+    }
 
 
 def _with_defaults(table: Table, given: dict[str, Any], env: Environment) -> Values:
@@ -358,8 +398,12 @@ def _check_references(storage: Storage, table: Table, values: Values, env: Envir
         if None in key:
             continue
         seen = (row.seen_by(env.transaction) for row in storage.tables[other].rows.values())
-        if not any(found is not None and [found[name] for name in columns] == key for found in seen):
-            raise errors.ForeignKeyViolation(f'insert or update on table "{table.name}" violates foreign key constraint')
+        if not any(
+            found is not None and [found[name] for name in columns] == key for found in seen
+        ):
+            raise errors.ForeignKeyViolation(
+                f'insert or update on table "{table.name}" violates foreign key constraint'
+            )
 
 
 def _write_assignments(
@@ -372,7 +416,9 @@ def _write_assignments(
         changed[name] = table.columns[name].cast(_compiled(assignment.expression)(scope))
     met = storage.conflict(table, changed, env.transaction, of=row)
     if met is not None:
-        raise errors.UniqueViolation(f'duplicate key value violates unique constraint of "{table.name}"')
+        raise errors.UniqueViolation(
+            f'duplicate key value violates unique constraint of "{table.name}"'
+        )
     storage.write(table, row, changed, env.transaction)
     return changed
 
@@ -409,9 +455,11 @@ def _update(node: exp.Update, env: Environment) -> Result:
     for table, row, scope in _targets(node, env):
         current = row.seen_by(env.transaction)
         assert current is not None
-        changed = _write_assignments(node.expressions, env.storage, table, row, current, env.scope(scope), env)
+        changed = _write_assignments(
+            node.expressions, env.storage, table, row, current, env.scope(scope), env
+        )
         written.append({**scope, alias: changed})
-    return _returned(node, env, alias, written)
+    return _returned(node, env, written)
 
 
 def _delete(node: exp.Delete, env: Environment) -> Result:
@@ -420,7 +468,7 @@ def _delete(node: exp.Delete, env: Environment) -> Result:
         env.storage.write(table, row, DELETED, env.transaction)
         _cascade(env, table, dict(scope[node.this.alias_or_name] or {}))
         written.append(scope)
-    return _returned(node, env, node.this.alias_or_name, written)
+    return _returned(node, env, written)
 
 
 def _cascade(env: Environment, table: Table, gone: Values) -> None:

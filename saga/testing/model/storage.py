@@ -66,7 +66,9 @@ class Table:
     unique: list[tuple[str, ...]]
     """Column names of the primary key and of each unique constraint."""
     checks: list[Callable[[Values], bool | None]] = field(default_factory=list)
-    references: list[tuple[tuple[str, ...], str, tuple[str, ...], bool]] = field(default_factory=list)
+    references: list[tuple[tuple[str, ...], str, tuple[str, ...], bool]] = field(
+        default_factory=list
+    )
     """Foreign keys: own columns, table, its columns, whether deletion cascades."""
     rows: dict[int, Row] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -90,18 +92,21 @@ class Transaction:
     number: int
     xid: int | None = None
     ended: bool = False
-    log: list[tuple[Table, Row, Values | _Deleted | None, Transaction | None]] = field(default_factory=list)
+    log: list[tuple[Table, Row, Values | _Deleted | None, Transaction | None]] = field(
+        default_factory=list
+    )
     savepoints: list[tuple[str, int]] = field(default_factory=list)
     waits_for: Transaction | None = None
 
 
-Wait = Callable[[Transaction, Transaction], None]
+Wait = Callable[[Transaction, Callable[[], bool]], None]
 
 
 class Storage:
     """The tables of one database and the transactions open on them.
 
-    *wait(waiter, holder)* is called when *waiter* needs what *holder* has; it returns once *holder* has ended.
+    *wait(waiter, blocked)* is called when *waiter* needs what another transaction has; it returns once `blocked()` is
+    false, which the end of that transaction, or its return to a savepoint, brings about.
     """
 
     def __init__(self, wait: Wait, clock: Callable[[], Any]) -> None:
@@ -125,28 +130,38 @@ class Storage:
 
     # --- locks
 
-    def lock(self, table: Table, row: Row, transaction: Transaction, *, or_skip: bool = False, or_fail: bool = False) -> bool:
+    def lock(
+        self,
+        table: Table,
+        row: Row,
+        transaction: Transaction,
+        *,
+        or_skip: bool = False,
+        or_fail: bool = False,
+    ) -> bool:
         """Take the row's lock, waiting for whoever has it. False only with *or_skip* where it is taken."""
         while row.owner is not None and row.owner is not transaction:
             if or_skip:
                 return False
             if or_fail:
-                raise errors.LockNotAvailable(f'could not obtain lock on row in relation "{table.name}"')
-            self._wait_for(transaction, row.owner)
+                raise errors.LockNotAvailable(
+                    f'could not obtain lock on row in relation "{table.name}"'
+                )
+            self._wait_for(transaction, row)
         if row.owner is None:
             transaction.log.append((table, row, row.written, None))
             row.owner = transaction
         return True
 
-    def _wait_for(self, waiter: Transaction, holder: Transaction) -> None:
-        at: Transaction | None = holder
+    def _wait_for(self, waiter: Transaction, row: Row) -> None:
+        holder = at = row.owner
         while at is not None:
             if at is waiter:
                 raise errors.DeadlockDetected("deadlock detected")
             at = at.waits_for
         waiter.waits_for = holder
         try:
-            self._wait(waiter, holder)
+            self._wait(waiter, lambda: row.owner is holder)
         finally:
             waiter.waits_for = None
 
@@ -161,7 +176,9 @@ class Storage:
         transaction.log.append((table, row, None, None))
         return row
 
-    def write(self, table: Table, row: Row, values: Values | _Deleted, transaction: Transaction) -> None:
+    def write(
+        self, table: Table, row: Row, values: Values | _Deleted, transaction: Transaction
+    ) -> None:
         """Update or delete a row whose lock the transaction has."""
         self.xid(transaction)
         if isinstance(values, dict):
@@ -183,7 +200,7 @@ class Storage:
                     break
                 if row.committed is not None and row.written is None:
                     return row, columns
-                self._wait_for(transaction, row.owner)
+                self._wait_for(transaction, row)
         return None
 
     def _check(self, table: Table, values: Values) -> None:
@@ -194,7 +211,9 @@ class Storage:
                 )
         for check in table.checks:
             if check(values) is False:
-                raise errors.CheckViolation(f'new row for relation "{table.name}" violates check constraint')
+                raise errors.CheckViolation(
+                    f'new row for relation "{table.name}" violates check constraint'
+                )
 
     # --- ends
 
@@ -222,6 +241,10 @@ class Storage:
         at = self._savepoint(transaction, name)
         self._undo_to(transaction, transaction.savepoints[at][1])
         del transaction.savepoints[at + 1 :]
+
+    def fail(self, transaction: Transaction) -> None:
+        """An error undoes at once, and unlocks, what was done since the innermost savepoint."""
+        self._undo_to(transaction, transaction.savepoints[-1][1] if transaction.savepoints else 0)
 
     def _savepoint(self, transaction: Transaction, name: str) -> int:
         for at in reversed(range(len(transaction.savepoints))):

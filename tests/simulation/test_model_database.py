@@ -1,0 +1,89 @@
+"""The model database and PostgreSQL must answer the same scripts alike: otherwise the simulation proves nothing."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests.simulation.two_sessions import OnModel, OnPostgreSQL
+
+SETUP = (
+    "CREATE TABLE item (sku text PRIMARY KEY, stock integer NOT NULL CHECK (stock >= 0), note text)",
+    "CREATE TABLE inbox (event_id integer, handler text, PRIMARY KEY (event_id, handler))",
+    "CREATE TABLE barrier (saga integer, step text, op text, PRIMARY KEY (saga, step))",
+    "INSERT INTO item (sku, stock) VALUES ('apple', 5), ('pear', 1), ('plum', 0)",
+)
+
+TAKE_ONE = "UPDATE item SET stock = stock - 1 WHERE sku = 'apple' AND stock >= 1 RETURNING stock"
+SEEN = "INSERT INTO inbox VALUES (1, 'h') ON CONFLICT DO NOTHING RETURNING event_id"
+
+SCRIPTS: dict[str, list[str]] = {
+    "second_inserter_of_a_key_waits_and_finds_a_duplicate": [f"1 {SEEN}", f"2 {SEEN}", "1 COMMIT", "2 COMMIT"],
+    "second_inserter_of_a_key_waits_and_wins_after_a_rollback": [f"1 {SEEN}", f"2 {SEEN}", "1 ROLLBACK", "2 COMMIT", f"1 {SEEN}"],
+    "plain_insert_of_a_taken_key_fails": ["1 INSERT INTO inbox VALUES (1, 'h')", "1 COMMIT", "2 INSERT INTO inbox VALUES (1, 'h')", "2 SELECT 1", "2 ROLLBACK", "2 SELECT 1"],
+    "plain_insert_waits_then_fails": ["1 INSERT INTO inbox VALUES (1, 'h')", "2 INSERT INTO inbox VALUES (1, 'h')", "1 COMMIT"],
+    "update_waits_and_looks_again_at_the_new_version": [f"1 {TAKE_ONE}", f"2 {TAKE_ONE}", "1 COMMIT", "2 COMMIT", "1 SELECT sku, stock FROM item"],
+    "update_that_no_longer_fits_after_the_wait_touches_nothing": [
+        "1 UPDATE item SET stock = 0 WHERE sku = 'pear'", "2 UPDATE item SET stock = stock - 1 WHERE sku = 'pear' AND stock >= 1 RETURNING stock", "1 COMMIT", "2 COMMIT"],
+    "update_after_a_rollback_of_the_holder_sees_the_old_version": [
+        "1 UPDATE item SET stock = 0 WHERE sku = 'pear'", "2 UPDATE item SET stock = stock - 1 WHERE sku = 'pear' AND stock >= 1 RETURNING stock", "1 ROLLBACK", "2 COMMIT"],
+    "row_that_begins_to_fit_during_the_wait_is_not_seen": [
+        "1 UPDATE item SET note = 'x'", "2 UPDATE item SET stock = 9 WHERE note = 'x'", "1 COMMIT", "2 UPDATE item SET stock = 9 WHERE note = 'x'", "2 ROLLBACK"],
+    "uncommitted_rows_are_not_read": ["1 UPDATE item SET stock = 4 WHERE sku = 'apple'", "2 SELECT stock FROM item WHERE sku = 'apple'", "1 COMMIT", "2 SELECT stock FROM item WHERE sku = 'apple'"],
+    "own_writes_are_read": ["1 UPDATE item SET stock = 4 WHERE sku = 'apple'", "1 SELECT stock FROM item WHERE sku = 'apple'", "1 ROLLBACK", "1 SELECT stock FROM item WHERE sku = 'apple'"],
+    "for_update_makes_the_second_wait_and_shows_it_the_new_version": [
+        "1 SELECT stock FROM item WHERE sku = 'apple' FOR UPDATE", "2 SELECT stock FROM item WHERE sku = 'apple' FOR UPDATE", "1 UPDATE item SET stock = 1 WHERE sku = 'apple'", "1 COMMIT", "2 COMMIT"],
+    "for_update_leaves_out_a_row_that_no_longer_fits": [
+        "1 UPDATE item SET stock = 0 WHERE sku = 'pear'", "2 SELECT sku FROM item WHERE stock = 1 FOR UPDATE", "1 COMMIT", "2 COMMIT"],
+    "for_update_leaves_out_a_deleted_row": ["1 DELETE FROM item WHERE sku = 'pear'", "2 SELECT sku FROM item WHERE sku = 'pear' FOR UPDATE", "1 COMMIT", "2 COMMIT"],
+    "for_update_does_not_stop_readers": ["1 SELECT stock FROM item FOR UPDATE", "2 SELECT stock FROM item", "1 COMMIT"],
+    "skip_locked_leaves_the_locked_row_to_its_owner": [
+        "1 SELECT sku FROM item WHERE sku = 'apple' FOR UPDATE", "2 SELECT sku FROM item ORDER BY sku FOR UPDATE SKIP LOCKED", "1 COMMIT", "2 COMMIT"],
+    "skip_locked_counts_only_what_it_took": [
+        "1 SELECT sku FROM item WHERE sku = 'apple' FOR UPDATE", "2 SELECT sku FROM item ORDER BY sku LIMIT 1 FOR UPDATE SKIP LOCKED", "1 COMMIT", "2 COMMIT"],
+    "nowait_fails_at_once": ["1 SELECT sku FROM item FOR UPDATE", "2 SELECT sku FROM item FOR UPDATE NOWAIT", "2 ROLLBACK", "1 COMMIT"],
+    "two_keys_in_opposite_order_are_a_deadlock": [
+        "1 SET deadlock_timeout = '1min'", "1 UPDATE item SET note = 'a' WHERE sku = 'apple'", "2 UPDATE item SET note = 'b' WHERE sku = 'pear'", "1 UPDATE item SET note = 'a' WHERE sku = 'pear'", "2 UPDATE item SET note = 'b' WHERE sku = 'apple'"],
+    "savepoint_rolled_back_undoes_only_what_followed_it": [
+        "1 UPDATE item SET stock = 4 WHERE sku = 'apple'", "1 SAVEPOINT a", "1 UPDATE item SET stock = 3 WHERE sku = 'apple'", "1 INSERT INTO item VALUES ('fig', 1)",
+        "1 ROLLBACK TO SAVEPOINT a", "1 COMMIT", "2 SELECT sku, stock FROM item"],
+    "savepoint_rolled_back_gives_back_its_locks": [
+        "1 SAVEPOINT a", "1 UPDATE item SET stock = 3 WHERE sku = 'apple'", "2 UPDATE item SET stock = 2 WHERE sku = 'apple'", "1 ROLLBACK TO SAVEPOINT a", "2 COMMIT", "1 SELECT stock FROM item WHERE sku = 'apple'"],
+    "savepoint_saves_a_transaction_from_an_error": [
+        "1 SAVEPOINT a", "1 INSERT INTO item VALUES ('apple', 1)", "1 SELECT 1", "1 ROLLBACK TO SAVEPOINT a", "1 INSERT INTO item VALUES ('fig', 1)", "1 COMMIT", "2 SELECT sku FROM item"],
+    "savepoint_released_keeps_its_locks": ["1 SAVEPOINT a", "1 UPDATE item SET stock = 3 WHERE sku = 'apple'", "1 RELEASE SAVEPOINT a", "2 UPDATE item SET stock = 2 WHERE sku = 'apple'", "1 COMMIT", "2 COMMIT"],
+    "commit_of_a_failed_transaction_rolls_back": ["1 UPDATE item SET stock = 4 WHERE sku = 'apple'", "1 INSERT INTO item VALUES ('apple', 1)", "1 ROLLBACK", "1 SELECT stock FROM item WHERE sku = 'apple'"],
+    "on_conflict_update_waits_and_adds_to_the_new_version": [
+        "1 INSERT INTO item VALUES ('apple', 1) ON CONFLICT (sku) DO UPDATE SET stock = item.stock + excluded.stock RETURNING stock",
+        "2 INSERT INTO item VALUES ('apple', 1) ON CONFLICT (sku) DO UPDATE SET stock = item.stock + excluded.stock RETURNING stock", "1 COMMIT", "2 COMMIT"],
+    "on_conflict_update_inserts_when_the_holder_rolls_back": [
+        "1 INSERT INTO item VALUES ('fig', 1)", "2 INSERT INTO item VALUES ('fig', 7) ON CONFLICT (sku) DO UPDATE SET stock = item.stock + excluded.stock RETURNING stock", "1 ROLLBACK", "2 COMMIT"],
+    "compensation_waits_for_the_action_in_flight": [
+        "1 INSERT INTO barrier VALUES (1, 'step', 'action') ON CONFLICT DO NOTHING RETURNING op", "2 INSERT INTO barrier VALUES (1, 'step', 'undo') ON CONFLICT DO NOTHING RETURNING op", "1 COMMIT", "2 SELECT op FROM barrier"],
+    "late_action_finds_the_tombstone": [
+        "2 INSERT INTO barrier VALUES (1, 'step', 'undo') ON CONFLICT DO NOTHING RETURNING op", "2 COMMIT", "1 INSERT INTO barrier VALUES (1, 'step', 'action') ON CONFLICT DO NOTHING RETURNING op"],
+    "deleted_key_can_be_taken_after_the_commit": ["1 DELETE FROM item WHERE sku = 'pear'", "2 INSERT INTO item VALUES ('pear', 9)", "1 COMMIT", "2 COMMIT", "1 SELECT stock FROM item WHERE sku = 'pear'"],
+    "deleted_key_stays_taken_after_a_rollback": ["1 DELETE FROM item WHERE sku = 'pear'", "2 INSERT INTO item VALUES ('pear', 9)", "1 ROLLBACK"],
+    "lock_alone_does_not_delay_a_conflicting_insert": ["1 SELECT 1 FROM item WHERE sku = 'pear' FOR UPDATE", "2 INSERT INTO item VALUES ('pear', 9) ON CONFLICT DO NOTHING", "1 COMMIT"],
+    "check_constraint_refuses": ["1 UPDATE item SET stock = stock - 1 WHERE sku = 'plum'", "1 ROLLBACK"],
+    "not_null_refuses": ["1 INSERT INTO item VALUES ('fig', NULL)", "1 ROLLBACK"],
+    "delete_waits_for_an_update_and_removes_the_new_version": ["1 UPDATE item SET stock = 3 WHERE sku = 'apple'", "2 DELETE FROM item WHERE sku = 'apple' RETURNING stock", "1 COMMIT", "2 COMMIT"],
+    "three_wait_in_line": [f"1 {TAKE_ONE}", f"2 {TAKE_ONE}", "1 COMMIT", f"3 {TAKE_ONE}", "2 COMMIT", "3 COMMIT"],
+    "null_compares_to_nothing": ["1 SELECT sku FROM item WHERE note = 'x' OR NOT note = 'x'", "1 SELECT count(*) FROM item WHERE note IS NULL"],
+    "aggregates_of_no_rows": ["1 SELECT count(*), sum(stock), max(stock) FROM item WHERE sku = 'none'", "1 SELECT sku, sum(stock) FROM item GROUP BY sku HAVING sum(stock) > 0"],
+    "rows_of_a_list": ["1 SELECT sku FROM item WHERE sku = ANY(ARRAY['apple', 'fig']) OR sku IN (SELECT 'pear')", "1 SELECT exists(SELECT 1 FROM item WHERE stock = 0)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_model_answers_as_postgresql_does(script: list[str], database_url: str) -> None:
+    conninfo = (
+        make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    )
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET deadlock_timeout = '50ms'".encode()
+        )
+    on_postgresql = OnPostgreSQL(conninfo).play(SETUP, script)
+    assert OnModel().play(SETUP, script) == on_postgresql
