@@ -84,6 +84,12 @@ def console() -> Any:
     return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE, highlight=False)
 
 
+def first_line(text: str, width: int = 120) -> str:
+    """The first line of *text*, cut to *width* characters."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
 def ago(duration: timedelta | None) -> str:
     """A duration in its largest two units: `3 h 12 min`; a dash for None."""
     if duration is None:
