@@ -1,0 +1,249 @@
+"""The servers that tests run on, as fixtures. `tests/servers.py` says where they come from."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url
+
+from tests import containers, servers
+from tests.databases import Databases
+from tests.local_servers import LocalPostgres, LocalRabbitMQ, LocalRedis, LocalServer
+from tests.servers import Room, Unavailable
+
+ROOM = pytest.StashKey[Room]()
+Server = TypeVar("Server", bound=LocalServer)
+
+
+# ---- the session ----
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_docker: runs through testcontainers")
+    given = getattr(config, "workerinput", {}).get("room")
+    config.stash[ROOM] = Room(servers.Path(given)) if given else Room.open()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["room"] = str(node.config.stash[ROOM].path)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or ROOM not in config.stash:
+        return
+    room = config.stash[ROOM]
+    given = os.environ.get(servers.VARIABLES["postgres"])
+    if given and any(room.path.glob("template-*.json")):
+        Databases(given, room).drop_template()
+    room.close()
+
+
+def pytest_report_header() -> str:
+    return "servers: " + ", ".join(map(servers.describe, servers.TITLES))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names and counts what no server was there for, apart from other skips."""
+    missing = Counter()
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+        if "no server: " in reason:
+            missing[report.nodeid] += 1
+    if missing:
+        terminalreporter.section(f"{missing.total()} not run for want of a server")
+        for nodeid in sorted(missing):
+            terminalreporter.line(nodeid)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_docker") is not None:
+        for kind in servers.TITLES:
+            reason = containers.why_not(kind)
+            if reason is not None:
+                _do_without(reason)
+
+
+def _do_without(reason: object) -> NoReturn:
+    """A missing server skips a test; on CI it fails it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"no server: {reason}", pytrace=False)
+    pytest.skip(f"no server: {reason}")
+
+
+def _shared(room: Room, kind: str, rung: str | None = None) -> str:
+    try:
+        return room.url(kind, rung)
+    except Unavailable as unavailable:
+        _do_without(unavailable)
+
+
+@pytest.fixture(scope="session")
+def room(pytestconfig: pytest.Config) -> Room:
+    """The session's room: where its processes keep what they share."""
+    return pytestconfig.stash[ROOM]
+
+
+# ---- PostgreSQL ----
+
+
+@pytest.fixture(scope="session")
+def databases(room: Room) -> Iterator[Databases]:
+    """Makes and drops databases on the session's PostgreSQL."""
+    made = Databases(_shared(room, "postgres"), room)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_database(databases: Databases) -> Iterator[Callable[[], str]]:
+    """Makes an empty database at each call and returns its URL; all are dropped after the test."""
+    yield from _factory(databases, databases.create)
+
+
+@pytest.fixture
+def make_migrated_database(databases: Databases) -> Iterator[Callable[[], str]]:
+    """As `make_database`, with the tables of outbox and saga."""
+    yield from _factory(databases, databases.create_migrated)
+
+
+def _factory(databases: Databases, create: Callable[[], str]) -> Iterator[Callable[[], str]]:
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(create())
+        return made[-1]
+
+    yield make
+    for url in made:
+        databases.drop(url)
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    """`create_engine`, with every engine disposed after the test."""
+    made: list[Engine] = []
+
+    def make(url: str, **options: Any) -> Engine:
+        made.append(create_engine(url, **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.dispose()
+
+
+@pytest.fixture
+def database_url(make_database: Callable[[], str]) -> str:
+    """An empty database of the test's own."""
+    return make_database()
+
+
+@pytest.fixture
+def engine(database_url: str, make_engine: Callable[..., Engine]) -> Engine:
+    """An engine on `database_url`."""
+    return make_engine(database_url)
+
+
+@pytest.fixture
+def migrated_database_url(make_migrated_database: Callable[[], str]) -> str:
+    """A database of the test's own, with the tables of outbox and saga."""
+    return make_migrated_database()
+
+
+@pytest.fixture
+def migrated_engine(migrated_database_url: str, make_engine: Callable[..., Engine]) -> Engine:
+    """An engine on `migrated_database_url`."""
+    return make_engine(migrated_database_url)
+
+
+# ---- brokers ----
+
+
+@pytest.fixture
+def unique_name() -> str:
+    """A prefix for exchanges, queues and streams, which tests on one broker share."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def rabbitmq_url(room: Room) -> str:
+    """The session's RabbitMQ, its default vhost. Name what you declare after `unique_name`."""
+    return _shared(room, "rabbitmq")
+
+
+@pytest.fixture
+def redis_url(room: Room, worker_id: str) -> Iterator[str]:
+    """A logical database that no other worker uses, empty."""
+    import redis
+
+    number = 1 + int(worker_id.removeprefix("gw") if worker_id != "master" else 0) % 15
+    url = make_url(_shared(room, "redis")).set(database=str(number))
+    text = url.render_as_string(hide_password=False)
+    with redis.Redis.from_url(text) as client:
+        client.flushdb()
+        yield text
+        client.flushdb()
+
+
+@pytest.fixture(params=["rabbitmq", "redis"])
+def bus_url(request: pytest.FixtureRequest) -> str:
+    """The test runs once on each broker."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+# ---- servers of the test's own, to be paused, killed and started again ----
+
+
+@pytest.fixture
+def private_postgres(room: Room) -> Iterator[LocalPostgres]:
+    """A PostgreSQL 18 of the test's own: `url`, `stop`, `kill`, `start`, `pause`, `resume`."""
+    yield from _private(LocalPostgres(room.private_directory()))
+
+
+@pytest.fixture
+def private_redis(room: Room) -> Iterator[LocalRedis]:
+    """A Redis of the test's own that keeps its data over `kill` and `start`."""
+    yield from _private(LocalRedis(room.private_directory(), durable=True))
+
+
+@pytest.fixture
+def private_rabbitmq(room: Room) -> Iterator[LocalRabbitMQ]:
+    """A RabbitMQ of the test's own; takes some seconds to start."""
+    reason = servers.why_not("rabbitmq", "local")
+    if reason is not None:
+        _do_without(reason)
+    yield from _private(LocalRabbitMQ(room.private_directory()))
+
+
+def _private(server: Server) -> Iterator[Server]:
+    server.start()
+    yield server
+    server.discard()
+
+
+# ---- testcontainers, whatever the ladder chose ----
+
+
+@pytest.fixture
+def docker_postgres_url(room: Room) -> str:
+    """The PostgreSQL that runs in a container."""
+    return _shared(room, "postgres", "container")
+
+
+@pytest.fixture
+def docker_rabbitmq_url(room: Room) -> str:
+    """The RabbitMQ that runs in a container."""
+    return _shared(room, "rabbitmq", "container")
+
+
+@pytest.fixture
+def docker_redis_url(room: Room) -> str:
+    """The Redis that runs in a container."""
+    return _shared(room, "redis", "container")
