@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from sqlglot import exp
 
@@ -65,16 +64,16 @@ def _add_column(table: Table, node: exp.ColumnDef, storage: Storage) -> None:
     name, kind = node.name, node.kind.sql("postgres") if node.kind is not None else "TEXT"
     column = Column(name, caster("BIGINT" if kind in _SERIAL else kind))
     if kind in _SERIAL:
-        column.default = _from_sequence(f"{table.name}_{name}_seq", storage)
+        column.default = _from_sequence(f"{table.name}_{name}_seq")
         column.not_null = True
     for constraint in node.constraints:
         what = constraint.kind
         if isinstance(what, exp.NotNullColumnConstraint):
             column.not_null = not what.args.get("allow_null")
         elif isinstance(what, exp.DefaultColumnConstraint):
-            column.default = _default(compile_expression(what.this))
+            column.default = compile_expression(what.this)
         elif isinstance(what, exp.GeneratedAsIdentityColumnConstraint):
-            column.default = _from_sequence(f"{table.name}_{name}_seq", storage)
+            column.default = _from_sequence(f"{table.name}_{name}_seq")
         elif isinstance(what, exp.PrimaryKeyColumnConstraint):
             column.not_null = True
             table.unique.append((name,))
@@ -87,12 +86,8 @@ def _add_column(table: Table, node: exp.ColumnDef, storage: Storage) -> None:
     table.columns[name] = column
 
 
-def _default(compiled: Compiled) -> Callable[..., Any]:
-    return lambda env: compiled(env)
-
-
-def _from_sequence(name: str, storage: Storage) -> Callable[..., Any]:
-    return lambda _env: storage.next_value(name)
+def _from_sequence(name: str) -> Compiled:
+    return lambda env: env.storage.next_value(name)
 
 
 def _add_constraint(table: Table, node: exp.Expression, storage: Storage) -> None:

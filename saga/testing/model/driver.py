@@ -22,6 +22,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import NullPool
 from sqlglot import exp
+from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
 from saga.testing.model.definitions import define
 from saga.testing.model.expressions import Environment
@@ -45,7 +46,7 @@ _PARTITIONED = re.compile(
 def _parse(sql: str) -> exp.Expression:
     parsed = sqlglot.parse_one(sql, read="postgres")
     assert isinstance(parsed, exp.Expression)
-    return parsed
+    return normalize_identifiers(parsed, dialect="postgres")
 
 
 class ModelDatabase:
@@ -117,6 +118,9 @@ class Connection:
         if self.closed or self.transaction is None:
             raise psycopg.OperationalError("the connection was lost during commit")
         self._end(self.database.storage.rollback if self.failed else self.database.storage.commit)
+        self.database.on_step("committed")
+        if self.closed:
+            raise psycopg.OperationalError("the connection was lost after commit was sent")
 
     def rollback(self) -> None:
         if self.transaction is not None:
@@ -130,6 +134,10 @@ class Connection:
     def close(self) -> None:
         self.rollback()
         self.closed = True
+
+    def lose(self) -> None:
+        """The connection breaks: the server rolls back, the client hears of it at its next call."""
+        self.close()
 
     def __enter__(self) -> Connection:
         return self

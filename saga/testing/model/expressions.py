@@ -434,6 +434,7 @@ _BUILDERS: dict[type[exp.Expression], Callable[[exp.Expression], Compiled]] = {
     exp.Mul: _arithmetic(operator.mul),
     exp.Div: _arithmetic(_divide),
     exp.Mod: _arithmetic(operator.mod),
+    exp.Pow: _arithmetic(operator.pow),
     exp.DPipe: _arithmetic(lambda a, b: f"{a}{b}"),
     exp.Case: _case,
     exp.Cast: _cast,

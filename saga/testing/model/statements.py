@@ -388,7 +388,7 @@ def _with_defaults(table: Table, given: dict[str, Any], env: Environment) -> Val
         if name in given:
             values[name] = column.cast(given[name])
         else:
-            values[name] = None if column.default is None else column.cast(column.default(env))  # type: ignore[call-arg]
+            values[name] = None if column.default is None else column.cast(column.default(env))
     return values
 
 

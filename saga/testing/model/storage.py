@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from psycopg import errors
@@ -55,7 +56,8 @@ class Row:
 class Column:
     name: str
     cast: Callable[[Any], Any]
-    default: Callable[[], Any] | None = None
+    default: Callable[[Any], Any] | None = None
+    """Called with the environment of the statement."""
     not_null: bool = False
 
 
@@ -116,6 +118,15 @@ class Storage:
         self._wait = wait
         self._transactions = itertools.count(1)
         self._xids = itertools.count(1000)
+
+    def copy_from(self, template: Storage) -> None:
+        """Begin as *template* stands, with no transaction open: a fresh database for another run."""
+        for name, table in template.tables.items():
+            rows = {number: Row(number, row.committed) for number, row in table.rows.items()}
+            self.tables[name] = replace(
+                table, rows=rows, numbers=itertools.count(max(rows, default=-1) + 1)
+            )
+        self.sequences = {name: copy(sequence) for name, sequence in template.sequences.items()}
 
     def begin(self) -> Transaction:
         return Transaction(next(self._transactions))
