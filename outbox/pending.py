@@ -1,0 +1,249 @@
+"""Deliveries owed to one handler later: retries, timers, redrives. The rows; `sweeper.py` sends them.
+
+A row is written in the transaction that decides that the delivery is still owed, and leaves in the
+one that settles it. Between the two it is sent to the service's own queue whenever it is due, so
+a message that is lost on the way is simply sent again. Nothing here rests on Celery's retries,
+ETAs or countdowns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from outbox.envelope import Envelope
+from outbox.sql import DEFAULT_SCHEMA
+from outbox.statements import statement, storable
+
+Reason = Literal["retry", "crash", "redrive", "timer"]
+
+EVERY_HANDLER: Final = "*"
+"""Stands for the handler where a quarantined message is fed through again."""
+UNREAD: Final = "outbox.unread"
+"""Stands for the type of a message that nobody could read."""
+
+_MAX_ERROR = 2_000
+_AT_ONCE = timedelta(0)
+
+_COLUMNS = """
+    service, handler, event_id, type, key, key_seq, body, reason, attempts, sends,
+    next_attempt_at, error, created_at
+"""
+_INSERT = """
+INSERT INTO {schema}.pending_delivery
+    (service, handler, event_id, type, key, key_seq, body, reason, attempts, next_attempt_at, error)
+VALUES (:service, :handler, :event_id, :type, :key, :key_seq, :body, :reason, :attempts,
+    COALESCE(CAST(:due_at AS timestamptz), clock_timestamp()) + :delay, :error)
+"""
+_INSERT_IF_ABSENT = f"{_INSERT} ON CONFLICT (handler, event_id) DO NOTHING RETURNING true"
+_UPSERT = f"""{_INSERT}
+ON CONFLICT (handler, event_id) DO UPDATE SET
+    reason = EXCLUDED.reason, attempts = EXCLUDED.attempts, sends = 0,
+    next_attempt_at = EXCLUDED.next_attempt_at, error = EXCLUDED.error
+"""
+_BEGIN_ATTEMPT = """
+UPDATE {schema}.pending_delivery
+SET attempts = attempts + 1, sends = 0, next_attempt_at = clock_timestamp() + :lease
+WHERE handler = :handler AND event_id = :event_id RETURNING attempts
+"""
+_DELETE = """
+DELETE FROM {schema}.pending_delivery WHERE handler = :handler AND event_id = :event_id
+RETURNING true
+"""
+# Each time it is sent it waits twice as long: a backlog in the queue must not be added to.
+_CLAIM_DUE = f"""
+WITH due AS MATERIALIZED (
+    SELECT handler, event_id FROM {{schema}}.pending_delivery
+    WHERE service = :service AND next_attempt_at <= clock_timestamp()
+    ORDER BY next_attempt_at LIMIT :limit
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE {{schema}}.pending_delivery AS owed
+SET sends = sends + 1, next_attempt_at =
+    clock_timestamp() + LEAST(:resend_after * power(2, LEAST(sends, 20)), :resend_cap)
+FROM due WHERE owed.handler = due.handler AND owed.event_id = due.event_id
+RETURNING {_COLUMNS.replace("handler", "owed.handler").replace("event_id", "owed.event_id")}
+"""  # noqa: S608 - a constant list of columns
+_UNTIL_DUE = """
+SELECT min(next_attempt_at) - clock_timestamp() FROM {schema}.pending_delivery
+WHERE service = :service
+"""
+_LIST = f"""
+SELECT {_COLUMNS} FROM {{schema}}.pending_delivery
+WHERE (CAST(:service AS text) IS NULL OR service = :service)
+ORDER BY next_attempt_at LIMIT :limit
+"""  # noqa: S608
+
+
+@dataclass(frozen=True)
+class Owed:
+    """One event that one handler is owed."""
+
+    service: str
+    handler: str
+    event_id: UUID
+    type: str
+    body: bytes
+    """The envelope's exact bytes."""
+    key: str | None = None
+    key_seq: int | None = None
+
+
+@dataclass(frozen=True)
+class PendingDelivery(Owed):
+    """A stored `Owed`."""
+
+    reason: str = "retry"
+    attempts: int = 0
+    """Runs that were begun."""
+    sends: int = 0
+    """Times it was sent to the queue since the last run was begun."""
+    next_attempt_at: datetime | None = None
+    error: str | None = None
+    created_at: datetime | None = None
+
+
+def schedule(
+    session: Session,
+    service: str,
+    handler: str,
+    envelope: Envelope,
+    due_at: datetime | None = None,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> bool:
+    """Deliver *envelope* to *handler* at *due_at* (aware; None: now), in the caller's transaction.
+
+    The handler runs as for any event: once in effect, retried, parked after its last attempt. It
+    need not subscribe to the type. False, and nothing is changed, where the same event is owed to
+    that handler already; one that this handler has had before is dropped when it is due.
+    """
+    if due_at is not None and due_at.tzinfo is None:
+        raise ValueError(f"due_at {due_at} has no zone; use an aware datetime")
+    owed = Owed(service, handler, envelope.id, envelope.type, envelope.body, envelope.key)
+    values = _values(owed, "timer", due_at=due_at)
+    return session.execute(statement(_INSERT_IF_ABSENT, schema), values).scalar() is not None
+
+
+def withdraw(
+    session: Session, handler: str, event_id: UUID, *, schema: str = DEFAULT_SCHEMA
+) -> bool:
+    """The delivery is owed no longer: settled, or cancelled. A copy under way is dropped unrun."""
+    key = {"handler": handler, "event_id": event_id}
+    return session.execute(statement(_DELETE, schema), key).scalar() is not None
+
+
+def owe(
+    session: Session,
+    owed: Owed,
+    reason: Reason,
+    *,
+    delay: timedelta = _AT_ONCE,
+    attempts: int = 0,
+    error: str | None = None,
+    schema: str = DEFAULT_SCHEMA,
+) -> None:
+    """Note that the delivery is owed after *delay*, *attempts* having been made, or change that."""
+    values = _values(owed, reason, delay=delay, attempts=attempts, error=error)
+    session.execute(statement(_UPSERT, schema), values)
+
+
+def owe_first_attempt(
+    session: Session, owed: Owed, lease: timedelta, *, schema: str = DEFAULT_SCHEMA
+) -> bool:
+    """Note that a first attempt begins, due again after *lease*; False where it is owed already."""
+    values = _values(owed, "crash", delay=lease, attempts=1)
+    return session.execute(statement(_INSERT_IF_ABSENT, schema), values).scalar() is not None
+
+
+def begin_attempt(
+    session: Session,
+    handler: str,
+    event_id: UUID,
+    lease: timedelta,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> int | None:
+    """Note that another attempt begins; its number, or None where nothing is owed.
+
+    If nothing more is heard of it, it is sent again after *lease*.
+    """
+    values = {"handler": handler, "event_id": event_id, "lease": lease}
+    number: int | None = session.execute(statement(_BEGIN_ATTEMPT, schema), values).scalar()
+    return number
+
+
+def claim_due(
+    session: Session,
+    service: str,
+    *,
+    limit: int,
+    resend_after: timedelta,
+    resend_cap: timedelta,
+    schema: str = DEFAULT_SCHEMA,
+) -> Sequence[PendingDelivery]:
+    """Take what is due, putting it off so that nobody else takes it before *resend_after*."""
+    rows = session.execute(
+        statement(_CLAIM_DUE, schema),
+        {
+            "service": service,
+            "limit": limit,
+            "resend_after": resend_after,
+            "resend_cap": resend_cap,
+        },
+    )
+    return [_pending(row) for row in rows]
+
+
+def until_due(session: Session, service: str, *, schema: str = DEFAULT_SCHEMA) -> timedelta | None:
+    """How long until the next one is due (negative: overdue); None where nothing is owed."""
+    wait: timedelta | None = session.execute(
+        statement(_UNTIL_DUE, schema), {"service": service}
+    ).scalar()
+    return wait
+
+
+def list_pending(
+    session: Session,
+    *,
+    service: str | None = None,
+    limit: int = 100,
+    schema: str = DEFAULT_SCHEMA,
+) -> Sequence[PendingDelivery]:
+    """What is owed, the next due first."""
+    rows = session.execute(statement(_LIST, schema), {"service": service, "limit": limit})
+    return [_pending(row) for row in rows]
+
+
+def _values(
+    owed: Owed,
+    reason: Reason,
+    *,
+    due_at: datetime | None = None,
+    delay: timedelta = _AT_ONCE,
+    attempts: int = 0,
+    error: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "service": owed.service,
+        "handler": owed.handler,
+        "event_id": owed.event_id,
+        "type": owed.type,
+        "key": owed.key,
+        "key_seq": owed.key_seq,
+        "body": owed.body,
+        "reason": reason,
+        "due_at": due_at,
+        "delay": delay,
+        "attempts": attempts,
+        "error": None if error is None else storable(error, _MAX_ERROR),
+    }
+
+
+def _pending(row: Any) -> PendingDelivery:
+    return PendingDelivery(**{**row._mapping, "body": bytes(row.body)})
