@@ -62,10 +62,13 @@ class ModelDatabase:
     ) -> None:
         self.name = name
         self.on_step = on_step
+        self.on_connect: Callable[[Connection], None] = lambda _: None
         self.storage = Storage(wait or _nobody_else, clock)
 
     def connect(self) -> Connection:
-        return Connection(self)
+        connection = Connection(self)
+        self.on_connect(connection)
+        return connection
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine on this database, without a pool: a connection is an object."""

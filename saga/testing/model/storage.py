@@ -115,7 +115,7 @@ class Storage:
         self.tables: dict[str, Table] = {}
         self.sequences: dict[str, Iterator[int]] = {}
         self.clock = clock
-        self._wait = wait
+        self.wait = wait
         self._transactions = itertools.count(1)
         self._xids = itertools.count(1000)
 
@@ -172,7 +172,7 @@ class Storage:
             at = at.waits_for
         waiter.waits_for = holder
         try:
-            self._wait(waiter, lambda: row.owner is holder)
+            self.wait(waiter, lambda: row.owner is holder)
         finally:
             waiter.waits_for = None
 
