@@ -118,7 +118,7 @@ def park(
 
 def list_letters(
     session: Session,
-    matching: Matching = Matching(),  # noqa: B008 - frozen
+    matching: Matching = Matching(),
     *,
     before: int | None = None,
     limit: int = 100,
@@ -131,7 +131,7 @@ def list_letters(
 
 def count(
     session: Session,
-    matching: Matching = Matching(),  # noqa: B008
+    matching: Matching = Matching(),
     *,
     schema: str = DEFAULT_SCHEMA,
 ) -> int:

@@ -49,7 +49,7 @@ ON CONFLICT (handler, event_id) DO UPDATE SET
 _BEGIN_ATTEMPT = """
 UPDATE {schema}.pending_delivery
 SET attempts = attempts + 1, sends = 0, next_attempt_at = clock_timestamp() + :lease
-WHERE handler = :handler AND event_id = :event_id RETURNING attempts
+WHERE handler = :handler AND event_id = :event_id RETURNING attempts, error
 """
 _DELETE = """
 DELETE FROM {schema}.pending_delivery WHERE handler = :handler AND event_id = :event_id
@@ -106,6 +106,16 @@ class PendingDelivery(Owed):
     next_attempt_at: datetime | None = None
     error: str | None = None
     created_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """An attempt that was noted before it began."""
+
+    number: int
+    """From 1."""
+    error: str | None = None
+    """What the attempt before it failed with, if that was heard."""
 
 
 def schedule(
@@ -168,14 +178,14 @@ def begin_attempt(
     lease: timedelta,
     *,
     schema: str = DEFAULT_SCHEMA,
-) -> int | None:
-    """Note that another attempt begins; its number, or None where nothing is owed.
+) -> Noted | None:
+    """Note that another attempt begins; None where nothing is owed.
 
     If nothing more is heard of it, it is sent again after *lease*.
     """
     values = {"handler": handler, "event_id": event_id, "lease": lease}
-    number: int | None = session.execute(statement(_BEGIN_ATTEMPT, schema), values).scalar()
-    return number
+    row = session.execute(statement(_BEGIN_ATTEMPT, schema), values).one_or_none()
+    return None if row is None else Noted(row.attempts, row.error)
 
 
 def claim_due(

@@ -1,0 +1,289 @@
+"""One delivery to one handler: the transactions that it is made of.
+
+Each function here is one stage, runs in the caller's open transaction and neither commits nor
+retries: `receive.py` does that. What ends a delivery is always the same commit that holds its
+effect: the inbox row with the handler's writes, or the row that says what is still owed.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from random import Random
+
+from outbox.context import handling
+from outbox.crash_points import crash_point
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox import dead_letters, inbox, pending, quarantine
+from outbox.envelope import Envelope
+from outbox.inbox import Arrival
+from outbox.pending import Noted
+from outbox.service import Delivery, Handler, Service
+from outbox.statements import statement
+from outbox.transactions import NotBegun
+from outbox.transient import is_lock_timeout, is_transient
+
+log = logging.getLogger(__name__)
+
+# One round trip, before anything can wait for a lock.
+_OPEN = """
+SELECT set_config('lock_timeout', :lock, true),
+    set_config('idle_in_transaction_session_timeout', :idle, true),
+    (SELECT attempts FROM {schema}.pending_delivery
+     WHERE handler = :handler AND event_id = :event_id) AS owed,
+    EXISTS (SELECT 1 FROM {schema}.dead_letter
+     WHERE handler = :handler AND event_id = :event_id) AS parked
+"""
+
+
+class Outcome(StrEnum):
+    """What became of one delivery. In each case it is settled in the database and can be acked."""
+
+    HANDLED = "handled"
+    DUPLICATE = "duplicate"
+    """Its effect was committed before."""
+    OWED = "owed"
+    """A retry of it is due later; this copy was not needed."""
+    RETRY = "retry"
+    """It failed; a retry was noted."""
+    BUSY = "busy"
+    """Another worker is at it; should that one fail, a retry was noted."""
+    PARKED = "parked"
+    """It is a dead letter, now or from before."""
+    STALE = "stale"
+    """It was addressed to the handler by a note that is gone: settled or withdrawn meanwhile."""
+    QUARANTINED = "quarantined"
+
+
+class Busy(Exception):
+    """Another transaction holds this delivery's key, and did not end within `lock_timeout`."""
+
+
+@dataclass(frozen=True)
+class TransactionLimits:
+    """What ends a transaction that hangs, so that a worker that was paused cannot hold up others."""
+
+    lock: timedelta = timedelta(seconds=5)
+    """`lock_timeout` of each transaction."""
+    idle: timedelta = timedelta(seconds=60)
+    """`idle_in_transaction_session_timeout`: the longest a handler may spend between two
+    statements; 0 for no limit."""
+    lease: timedelta = timedelta(seconds=60)
+    """How long after an attempt was noted it is taken for lost, and the delivery sent again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One event for one handler."""
+
+    service: Service
+    handler: Handler
+    envelope: Envelope
+    key_seq: int | None = None
+    addressed: bool = False
+    """It came from a `pending_delivery` row, which must still be there for it to run."""
+    limits: TransactionLimits = TransactionLimits()
+
+    @property
+    def schema(self) -> str:
+        return self.service.schema
+
+    @property
+    def owed(self) -> pending.Owed:
+        return pending.Owed(
+            service=self.service.name,
+            handler=self.handler.name,
+            event_id=self.envelope.id,
+            type=self.envelope.type,
+            body=self.envelope.body,
+            key=self.envelope.key,
+            key_seq=self.key_seq,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.envelope.type} {self.envelope.id} for {self.handler.name}"
+
+
+def note(session: Session, work: Work) -> Noted | Outcome:
+    """Note, before the handler runs, that an attempt begins.
+
+    For what may have killed a worker before (a redelivery), and for what is run from a note anyway.
+    Without it, an event that kills its worker would do so for ever, uncounted.
+    """
+    _open(session, work)
+    earlier = inbox.earlier_delivery(
+        session, work.envelope.id, work.handler.name, work.envelope.digest, schema=work.schema
+    )
+    if earlier is not None:
+        return _settle_repeated(session, work, earlier)
+    if not work.addressed:
+        lease = work.limits.lease
+        if pending.owe_first_attempt(session, work.owed, lease, schema=work.schema):
+            return Noted(1)
+        return Outcome.OWED
+    noted = pending.begin_attempt(
+        session, work.handler.name, work.envelope.id, work.limits.lease, schema=work.schema
+    )
+    return Outcome.STALE if noted is None else noted
+
+
+def deliver(session: Session, work: Work, event: object, attempt: int, *, noted: bool) -> Outcome:
+    """The delivery itself: inbox row, handler, and the note of it gone, to be committed together.
+
+    Raises what the handler raises, and `Busy`.
+    """
+    try:
+        standing = _open(session, work)
+        if noted and standing.owed is None:
+            return Outcome.STALE
+        if not noted and standing.parked:
+            return Outcome.PARKED
+        if not noted and standing.owed is not None:
+            return Outcome.OWED
+        arrival = _enter(session, work)
+    except DBAPIError as error:
+        raise NotBegun(str(error)) from error
+    if arrival is not Arrival.FIRST:
+        return _settle_repeated(session, work, arrival)
+    crash_point("receive.begun")
+    with handling(work.envelope):
+        work.handler.run(Delivery(work.envelope, event, attempt, work.handler.name), session)
+        session.flush()
+    crash_point("receive.handled")
+    if noted:
+        pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
+    return Outcome.HANDLED
+
+
+def settle_failure(
+    session: Session,
+    work: Work,
+    event: object,
+    attempt: int,
+    error: BaseException,
+    random: Random,
+) -> Outcome:
+    """Note the retry of a failed attempt, or park it after the last one with the handler's hook.
+
+    Enters the delivery first, and takes that back: so it waits for a commit that is still under way
+    (its error said nothing) and never calls a committed delivery a failure. Raises `Busy`.
+    """
+    _open(session, work)
+    arrival = _enter(session, work)
+    if arrival is not Arrival.FIRST:
+        return _settle_repeated(session, work, arrival)
+    inbox.take_back(session, work.envelope.id, work.handler.name, schema=work.schema)
+    retry = work.handler.retry
+    if attempt < retry.attempts:
+        _owe_retry(session, work, attempt, error, retry.delay(attempt, random))
+        return Outcome.RETRY
+    return _park(session, work, event, attempt, error)
+
+
+def put_off(session: Session, work: Work, attempt: int, delay: timedelta) -> Outcome:
+    """Look again after *delay*: another worker is at it. Does not count as an attempt."""
+    _open(session, work)
+    pending.owe(
+        session, work.owed, "retry", delay=delay, attempts=attempt - 1,
+        error="another worker was at it", schema=work.schema,
+    )  # fmt: skip
+    return Outcome.BUSY
+
+
+def refuse(session: Session, work: Work, reason: str) -> Outcome:
+    """Quarantine the message: it cannot be given to this handler by any number of attempts."""
+    log.error("%s quarantined: %s", work, reason)
+    quarantine.put(
+        session, work.service.name, work.envelope.body, reason,
+        headers={"handler": work.handler.name}, schema=work.schema,
+    )  # fmt: skip
+    pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
+    return Outcome.QUARANTINED
+
+
+@dataclass(frozen=True)
+class _Standing:
+    owed: int | None
+    parked: bool
+
+
+def _open(session: Session, work: Work) -> _Standing:
+    row = session.execute(
+        statement(_OPEN, work.schema),
+        {
+            "lock": _milliseconds(work.limits.lock),
+            "idle": _milliseconds(work.limits.idle),
+            "handler": work.handler.name,
+            "event_id": work.envelope.id,
+        },
+    ).one()
+    return _Standing(owed=row.owed, parked=row.parked)
+
+
+def _enter(session: Session, work: Work) -> Arrival:
+    try:
+        return inbox.first_delivery(
+            session, work.envelope.id, work.handler.name, work.envelope.digest, schema=work.schema
+        )
+    except DBAPIError as error:
+        if is_lock_timeout(error):
+            # Without the cause, which would make it look like something to try again at once.
+            raise Busy(f"{work} is being handled by another worker") from None
+        raise
+
+
+def _settle_repeated(session: Session, work: Work, arrival: Arrival) -> Outcome:
+    if arrival is Arrival.CONFLICT:
+        return refuse(session, work, "an event with this id and other content was handled before")
+    pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
+    return Outcome.DUPLICATE
+
+
+def _owe_retry(
+    session: Session, work: Work, attempt: int, error: BaseException, delay: timedelta
+) -> None:
+    log.warning(
+        "%s failed in attempt %d of %d, next in %.1f s: %s",
+        work, attempt, work.handler.retry.attempts, delay.total_seconds(), _in_short(error),
+    )  # fmt: skip
+    pending.owe(
+        session, work.owed, "retry", delay=delay, attempts=attempt, error=_in_short(error),
+        schema=work.schema,
+    )  # fmt: skip
+
+
+def _park(
+    session: Session, work: Work, event: object, attempt: int, error: BaseException
+) -> Outcome:
+    text = "".join(traceback.format_exception(error))
+    try:
+        with session.begin_nested():
+            dead_letters.park(
+                session, work.owed, attempt, _in_short(error), text, schema=work.schema
+            )
+            if work.handler.exhausted is not None:
+                delivery = Delivery(work.envelope, event, attempt, work.handler.name)
+                with handling(work.envelope):
+                    work.handler.exhausted(delivery, session, error)
+    except Exception as hook_error:
+        if is_transient(hook_error):
+            raise
+        # What the hook would have said must be said some time: keep trying, at the slowest pace.
+        log.exception("%s: its exhausted hook failed, so it is not parked yet", work)
+        _owe_retry(session, work, attempt, hook_error, work.handler.retry.cap)
+        return Outcome.RETRY
+    log.error("%s parked after attempt %d: %s", work, attempt, _in_short(error))
+    return Outcome.PARKED
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _milliseconds(duration: timedelta) -> str:
+    return f"{int(duration.total_seconds() * 1000)}ms"
