@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from typing import Any
 
@@ -65,7 +66,9 @@ def _postgres(options: dict[str, Any]) -> str:
 
 
 def _rabbitmq(options: dict[str, Any]) -> str:
-    from testcontainers.community.rabbitmq import RabbitMqContainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its own wait strategy
+        from testcontainers.community.rabbitmq import RabbitMqContainer
 
     container = RabbitMqContainer(IMAGES["rabbitmq"], port=5672, **options)
     container.start()
