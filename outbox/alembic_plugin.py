@@ -10,7 +10,7 @@ Nothing heavy and nothing of Alembic's may be imported here: its own import is s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -52,12 +52,33 @@ def setup(plugin: Plugin) -> None:
     from alembic.util import DispatchPriority
 
     plugin.add_autogenerate_comparator(
+        _recognise_our_types,
+        "schema",
+        "outbox",
+        qualifier="postgresql",
+        priority=DispatchPriority.FIRST,
+    )
+    plugin.add_autogenerate_comparator(
         _leave_our_tables_alone,
         "schema",
         "outbox",
         qualifier="postgresql",
         priority=DispatchPriority.LAST,
     )
+
+
+def _recognise_our_types(
+    context: AutogenContext, _found: UpgradeOps, _schemas: set[str | None]
+) -> PriorityDispatchResult:
+    """Spare the user SQLAlchemy's warnings about types that it does not know."""
+    from alembic.util import PriorityDispatchResult
+
+    from outbox.tables import PgSnapshot, Xid8
+
+    assert context.connection is not None
+    dialect: Any = context.connection.dialect
+    dialect.ischema_names = {"xid8": Xid8, "pg_snapshot": PgSnapshot, **dialect.ischema_names}
+    return PriorityDispatchResult.CONTINUE
 
 
 def _leave_our_tables_alone(
