@@ -113,9 +113,13 @@ def decode(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Envelope:
     except ValueError as error:
         raise MalformedMessage(f"the message is no JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise MalformedMessage(f"the message is a JSON {type(raw).__name__}, not a CloudEvents object")
+        raise MalformedMessage(
+            f"the message is a JSON {type(raw).__name__}, not a CloudEvents object"
+        )
     if raw.get("specversion") != "1.0":
-        raise MalformedMessage(f"specversion is {raw.get('specversion')!r}; this release reads CloudEvents 1.0")
+        raise MalformedMessage(
+            f"specversion is {raw.get('specversion')!r}; this release reads CloudEvents 1.0"
+        )
     if "data" not in raw:
         raise MalformedMessage("the envelope has no data")
     try:
@@ -137,7 +141,9 @@ def decode(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Envelope:
             extensions={
                 name: value
                 for name, value in raw.items()
-                if name not in _RESERVED and isinstance(value, str | int) and not isinstance(value, bool)
+                if name not in _RESERVED
+                and isinstance(value, str | int)
+                and not isinstance(value, bool)
             },
         )
     except (KeyError, ValueError) as error:
@@ -165,7 +171,7 @@ def _time(raw: Mapping[str, Any]) -> datetime:
 def _encode_payload(event_type: EventType, payload: object) -> bytes:
     adapter = event_type.adapter
     try:
-        _refuse_unstorable(adapter.dump_python(payload), "", event_type)
+        _refuse_unstorable(adapter.dump_python(payload, warnings=False), "", event_type)
         data = adapter.dump_json(payload, warnings="error")
         # What cannot be read back would stop every consumer: find it here, before the commit.
         adapter.validate_json(data)
@@ -179,15 +185,23 @@ def _encode_payload(event_type: EventType, payload: object) -> bytes:
 def _refuse_unstorable(value: Any, path: str, event_type: EventType) -> None:
     if isinstance(value, str):
         if "\x00" in value:
-            raise InvalidPayload(f"{event_type} was refused: {path} holds a NUL character, which PostgreSQL cannot store")
+            raise InvalidPayload(
+                f"{event_type} was refused: {path} holds a NUL character, which PostgreSQL cannot store"
+            )
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise InvalidPayload(f"{event_type} was refused: {path} holds half a surrogate pair, which is no text")
+            raise InvalidPayload(
+                f"{event_type} was refused: {path} holds half a surrogate pair, which is no text"
+            )
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidPayload(f"{event_type} was refused: {path} is {value}, which JSON cannot say")
+            raise InvalidPayload(
+                f"{event_type} was refused: {path} is {value}, which JSON cannot say"
+            )
     elif isinstance(value, datetime):
         if value.tzinfo is None:
-            raise InvalidPayload(f"{event_type} was refused: {path} is a time without a zone; use an aware datetime")
+            raise InvalidPayload(
+                f"{event_type} was refused: {path} is a time without a zone; use an aware datetime"
+            )
     elif isinstance(value, dict):
         for name, item in value.items():
             _refuse_unstorable(name, f"{path}.{name}" if path else str(name), event_type)

@@ -188,13 +188,13 @@ class Service:
 
     def publish(self, session: Any, event: object) -> UUID:
         """Publish *event* in the transaction of *session*, this service being its source."""
-        from outbox.publish import publish
+        from outbox.publishing import publish
 
         return publish(session, event, source=self.name, registry=self.registry, schema=self.schema)
 
     def publish_all(self, session: Any, events: Iterable[object]) -> list[UUID]:
         """Publish *events* in one statement, in their order."""
-        from outbox.publish import publish_all
+        from outbox.publishing import publish_all
 
         return publish_all(
             session, events, source=self.name, registry=self.registry, schema=self.schema

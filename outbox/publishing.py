@@ -1,0 +1,231 @@
+"""`publish`: write an event to the log inside the caller's transaction. It never commits.
+
+With a SQLAlchemy `Session` the events are held until just before the commit and written there in one statement, after
+the session's own flush: so the rows that an event speaks of are locked before its position is drawn, which is what
+order per key rests on. Inside a savepoint, and on connections, they are written at once.
+
+Why nothing held is lost, and nothing rolled back is written: events are held per root transaction of a session, and
+only while no savepoint is open, so no rollback but that of the root can concern them; `before_commit` of that very root
+writes them, and with the root they vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+from weakref import WeakKeyDictionary
+from zlib import crc32
+
+import psycopg
+from sqlalchemy import event as sqlalchemy_events
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+
+from outbox.connections import Execute, executor
+from outbox.context import current
+from outbox.envelope import Envelope, encode
+from outbox.errors import ConfigurationError, NotInTransaction
+from outbox.events import EventType, Registry
+from outbox.events import registry as default_registry
+from outbox.limits import DEFAULT_LIMITS, Limits
+from outbox.sql import DEFAULT_SCHEMA, in_schema
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+LANES = 16
+
+_COLUMNS = "(lane, event_id, type, version, key, key_seq, body)"
+_INSERT_ONE = f"INSERT INTO {{schema}}.outbox_event {_COLUMNS} VALUES (%s, %s, %s, %s, %s, %s, %s)"  # noqa: S608
+_INSERT_MANY = f"""
+INSERT INTO {{schema}}.outbox_event {_COLUMNS}
+SELECT * FROM unnest(%s::smallint[], %s::uuid[], %s::text[], %s::integer[], %s::text[], %s::bigint[], %s::bytea[])
+"""  # noqa: S608
+# Locks the key's counter until the transaction ends, so positions of a key are drawn in the order of commits, and
+# undoes the counting with the transaction, so the sequence has no gaps.
+_COUNT = """
+INSERT INTO {schema}.outbox_key (type, key, seq) VALUES (%s, %s, %s)
+ON CONFLICT (type, key) DO UPDATE SET seq = outbox_key.seq + EXCLUDED.seq RETURNING seq
+"""
+
+Event = tuple[EventType, Envelope]
+
+_held: WeakKeyDictionary[SessionTransaction, list[tuple[str, Event]]] = WeakKeyDictionary()
+
+
+def publish(
+    connection: Any,
+    event: object,
+    *,
+    source: str | None = None,
+    caused_by: Envelope | None = None,
+    correlation_id: str | None = None,
+    extensions: Mapping[str, str | int] | None = None,
+    registry: Registry = default_registry,
+    schema: str = DEFAULT_SCHEMA,
+    limits: Limits = DEFAULT_LIMITS,
+) -> UUID:
+    """Publish *event* exactly if the transaction open on *connection* commits; returns the event's id.
+
+    *connection*: a SQLAlchemy `Session` or `Connection`, a psycopg connection or cursor, or Django's connection.
+    *source* is by default the service whose handler runs, else the first part of the event type. Inside a handler,
+    cause and correlation are those of the event being handled.
+
+    Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
+    """
+    (event_id,) = publish_all(
+        connection, [event], source=source, caused_by=caused_by, correlation_id=correlation_id, extensions=extensions,
+        registry=registry, schema=schema, limits=limits,
+    )  # fmt: skip
+    return event_id
+
+
+def publish_all(
+    connection: Any,
+    events: Iterable[object],
+    *,
+    source: str | None = None,
+    caused_by: Envelope | None = None,
+    correlation_id: str | None = None,
+    extensions: Mapping[str, str | int] | None = None,
+    registry: Registry = default_registry,
+    schema: str = DEFAULT_SCHEMA,
+    limits: Limits = DEFAULT_LIMITS,
+) -> list[UUID]:
+    """Publish *events* in their order, in one statement. As `publish`; where one is refused, none is written."""
+    handled = current()
+    if handled is not None:
+        caused_by = caused_by or handled.envelope
+        source = source or handled.service
+    encoded = []
+    for event in events:
+        event_type = registry.of(event)
+        envelope = encode(
+            event_type, event, source=source or event_type.name.split(".", 1)[0], caused_by=caused_by,
+            correlation_id=correlation_id, extensions=extensions, limits=limits,
+        )  # fmt: skip
+        encoded.append((event_type, envelope))
+    _append_all(connection, encoded, schema)
+    return [envelope.id for _, envelope in encoded]
+
+
+async def apublish(
+    connection: AsyncSession | AsyncConnection | psycopg.AsyncConnection[Any],
+    event: object,
+    **options: Any,
+) -> UUID:
+    """As `publish`, for an `AsyncSession`, an `AsyncConnection` or psycopg's `AsyncConnection`."""
+    (event_id,) = await apublish_all(connection, [event], **options)
+    return event_id
+
+
+async def apublish_all(
+    connection: AsyncSession | AsyncConnection | psycopg.AsyncConnection[Any],
+    events: Iterable[object],
+    **options: Any,
+) -> list[UUID]:
+    """As `publish_all`, for an `AsyncSession`, an `AsyncConnection` or psycopg's `AsyncConnection`."""
+    if hasattr(connection, "run_sync"):
+        result: list[UUID] = await connection.run_sync(publish_all, list(events), **options)
+        return result
+    raise ConfigurationError(
+        f"cannot publish through a {type(connection).__qualname__}: hand over a SQLAlchemy AsyncSession or "
+        "AsyncConnection; with psycopg alone, use a synchronous connection"
+    )
+
+
+def append(
+    connection: Any, envelope: Envelope, event_type: EventType, *, schema: str = DEFAULT_SCHEMA
+) -> None:
+    """Write an envelope that was made before (`encode`), as `publish` writes its own."""
+    _append_all(connection, [(event_type, envelope)], schema)
+
+
+def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
+    if isinstance(connection, scoped_session):
+        connection = connection()
+    if not isinstance(connection, Session):
+        _write(executor(connection), events, schema)
+        return
+    execute = executor(connection)  # refuses autocommit now, and begins the transaction
+    if connection.in_nested_transaction():
+        connection.flush()
+        _write(execute, events, schema)
+        return
+    root = connection.get_transaction()
+    if root is None:
+        raise NotInTransaction("the session has no transaction; begin one before publishing")
+    _listen()
+    _held.setdefault(root, []).extend((schema, event) for event in events)
+
+
+def _write_held(session: Session) -> None:
+    root = session.get_transaction()
+    # Fired for savepoints too: what the root holds is not theirs.
+    if root is None or session.in_nested_transaction() or root not in _held:
+        return
+    session.flush()
+    held = _held.pop(root, [])
+    execute = executor(session)
+    for schema in dict.fromkeys(schema for schema, _ in held):
+        _write(execute, [event for its_schema, event in held if its_schema == schema], schema)
+
+
+def _listen() -> None:
+    if not sqlalchemy_events.contains(Session, "before_commit", _write_held):
+        sqlalchemy_events.listen(Session, "before_commit", _write_held)
+
+
+def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
+    sequences = _count(execute, events, schema)
+    rows = [
+        (
+            lane_of(envelope),
+            envelope.id,
+            event_type.name,
+            event_type.version,
+            envelope.key,
+            key_seq,
+            envelope.body,
+        )
+        for (event_type, envelope), key_seq in zip(events, sequences, strict=True)
+    ]
+    if len(rows) == 1:
+        execute(in_schema(_INSERT_ONE, schema), rows[0], False)
+    elif rows:
+        execute(
+            in_schema(_INSERT_MANY, schema),
+            [list(column) for column in zip(*rows, strict=True)],
+            False,
+        )
+
+
+def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int | None]:
+    """The numbers of ordered events within their keys, drawn key by key in sorted order, lest two writers deadlock."""
+    counts: dict[tuple[str, str], int] = {}
+    for event_type, envelope in events:
+        if event_type.ordered and envelope.key is not None:
+            counts[event_type.name, envelope.key] = (
+                counts.get((event_type.name, envelope.key), 0) + 1
+            )
+    if not counts:
+        return [None] * len(events)
+    following: dict[tuple[str, str], int] = {}
+    for (name, key), count in sorted(counts.items()):
+        last = execute(in_schema(_COUNT, schema), (name, key, count), True)[0][0]
+        following[name, key] = last - count
+    sequences: list[int | None] = []
+    for event_type, envelope in events:
+        if event_type.ordered and envelope.key is not None:
+            following[event_type.name, envelope.key] += 1
+            sequences.append(following[event_type.name, envelope.key])
+        else:
+            sequences.append(None)
+    return sequences
+
+
+def lane_of(envelope: Envelope) -> int:
+    """The lane of an event: the same for the same key, for ever; keyless events spread out."""
+    return crc32(envelope.key.encode() if envelope.key is not None else envelope.id.bytes) & (
+        LANES - 1
+    )
