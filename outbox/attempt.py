@@ -14,12 +14,12 @@ from datetime import timedelta
 from enum import StrEnum
 from random import Random
 
-from outbox.context import handling
-from outbox.crash_points import crash_point
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters, inbox, pending, quarantine
+from outbox.context import handling
+from outbox.crash_points import crash_point
 from outbox.envelope import Envelope
 from outbox.inbox import Arrival
 from outbox.pending import Noted
@@ -151,7 +151,7 @@ def deliver(session: Session, work: Work, event: object, attempt: int, *, noted:
     if arrival is not Arrival.FIRST:
         return _settle_repeated(session, work, arrival)
     crash_point("receive.begun")
-    with handling(work.envelope):
+    with handling(work.envelope, work.service.name):
         work.handler.run(Delivery(work.envelope, event, attempt, work.handler.name), session)
         session.flush()
     crash_point("receive.handled")
@@ -268,7 +268,7 @@ def _park(
             )
             if work.handler.exhausted is not None:
                 delivery = Delivery(work.envelope, event, attempt, work.handler.name)
-                with handling(work.envelope):
+                with handling(work.envelope, work.service.name):
                     work.handler.exhausted(delivery, session, error)
     except Exception as hook_error:
         if is_transient(hook_error):

@@ -21,6 +21,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
+from outbox import publishing
 from outbox.envelope import Envelope
 from outbox.errors import ConfigurationError, UnregisteredEvent
 from outbox.events import EventType, Registry
@@ -188,15 +189,13 @@ class Service:
 
     def publish(self, session: Any, event: object) -> UUID:
         """Publish *event* in the transaction of *session*, this service being its source."""
-        from outbox.publishing import publish
-
-        return publish(session, event, source=self.name, registry=self.registry, schema=self.schema)
+        return publishing.publish(
+            session, event, source=self.name, registry=self.registry, schema=self.schema
+        )
 
     def publish_all(self, session: Any, events: Iterable[object]) -> list[UUID]:
         """Publish *events* in one statement, in their order."""
-        from outbox.publishing import publish_all
-
-        return publish_all(
+        return publishing.publish_all(
             session, events, source=self.name, registry=self.registry, schema=self.schema
         )
 
