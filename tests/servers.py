@@ -107,7 +107,9 @@ class Room:
             owner = left.name.removeprefix(PREFIX).split("-")[0]
             if owner.isdigit() and not psutil.pid_exists(int(owner)):
                 cls(left).close()
-        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")))
+        path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        path.chmod(0o755)  # servers that will not run as root live in it too
+        return cls(path)
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
