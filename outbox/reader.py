@@ -1,0 +1,249 @@
+"""Reading the log: one page after another, from a cursor that nothing can stretch.
+
+A cursor is `(hi per lane, S)`: the highest position delivered of each lane, and the snapshot of the statement that
+delivered it. The invariant is
+
+    delivered = { position <= hi of its lane and visible in S }
+
+A page is three index ranges: *fresh* rows above `hi`, and two arms of *stragglers*, rows at or below `hi` that have been
+committed since S. Why the arms miss none: a row at or below `hi` was numbered before the statement of S ended, and a
+transaction gets its xid before its first position (the column order of `outbox_event` sees to that), so its xid was
+drawn before; as the row is not visible in S, its xid was running in S (first arm: `xip` of S) or lay at or above S's
+xmax (second arm), which is not the next xid but one past the newest *completed* one. Why nothing comes twice: a row
+visible in S has an xid in neither arm. Why nobody waits: an open transaction is one number in a list.
+
+Rows of one key come in the order of their commits: a later writer of the key got its lock only after the earlier one
+had ended, so every snapshot that shows the later shows the earlier, at a lower position; and within a lane stragglers go
+before fresh rows, each by position.
+
+The idea of reading between two snapshots is PgQ's; it needs a ticker and bounds that one late commit can stretch. This
+form needs neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import tuple_row
+
+from outbox.sql import DEFAULT_SCHEMA, in_schema
+
+_SNAPSHOT_LANE: Final = -1
+_FIRST_XID: Final = 3
+
+_FRESH = """
+SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[]) AS l (lane, hi)
+CROSS JOIN LATERAL (
+    SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body
+    FROM {schema}.outbox_event AS e
+    WHERE e.lane = l.lane AND e.position > l.hi
+    ORDER BY e.position LIMIT %(rows)s
+) AS f
+"""
+# Lanes are picked out by the caller: a condition on `lane` would offer the planner the primary key, and with it the
+# whole history.
+_ENDED_SINCE = """
+(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+WHERE e.xid = ANY(%(running)s::text[]::xid8[]) AND e.position <= %(highest)s LIMIT %(rows)s + 1)
+"""
+_BEGUN_SINCE = """
+(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(ceiling)s::text::xid8 AND e.position <= %(highest)s
+LIMIT %(rows)s + 1)
+"""
+# One more row brings the snapshot that all the others were seen in, and how far the log is durable.
+_SEEN_IN = f"""
+SELECT {_SNAPSHOT_LANE}::smallint, (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint, NULL::uuid,
+    pg_current_snapshot()::text, NULL::text, NULL::bigint, NULL::bytea
+"""
+_ARMS: Final = {"fresh": _FRESH, "ended": _ENDED_SINCE, "begun": _BEGUN_SINCE}
+
+_LATE_POSITIONS = """
+SELECT e.position, e.lane FROM {schema}.outbox_event AS e
+WHERE (e.xid = ANY(%(running)s::text[]::xid8[]) OR (e.xid >= %(next)s::text::xid8 AND e.xid < %(ceiling)s::text::xid8))
+    AND e.position <= %(highest)s AND pg_visible_in_snapshot(e.xid, %(until)s::pg_snapshot)
+ORDER BY e.position
+"""
+_AT_POSITIONS = """
+SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+JOIN unnest(%(lanes)s::smallint[], %(positions)s::bigint[]) AS l (lane, position) USING (lane, position)
+ORDER BY e.position
+"""
+_ANY_SNAPSHOT = "SELECT pg_current_snapshot()::text"
+# A commit that waits for the disk makes everything before it durable.
+_FLUSH = "SELECT pg_logical_emit_message(true, 'outbox', '')"
+
+_HUGE_XID: Final = 2**63 - 1
+
+
+class LoggedEvent(NamedTuple):
+    """One row of the log."""
+
+    lane: int
+    position: int
+    event_id: UUID
+    type: str
+    key: str | None
+    key_seq: int | None
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """PostgreSQL's `pg_snapshot`: what was committed at one moment."""
+
+    text: str
+
+    @property
+    def next(self) -> int:
+        """One past the newest transaction that had ended."""
+        return int(self.text.split(":")[1])
+
+    @property
+    def running(self) -> list[str]:
+        """Transactions below `next` that had not ended."""
+        listed = self.text.split(":")[2]
+        return listed.split(",") if listed else []
+
+
+NOTHING_SEEN: Final = Snapshot(f"{_FIRST_XID}:{_FIRST_XID}:")
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far some lanes have been read: the lanes that were last read by one statement."""
+
+    his: Mapping[int, int]
+    """The highest position delivered, by lane."""
+    snapshot: Snapshot = NOTHING_SEEN
+    ceiling: int = _HUGE_XID
+    """An xid that no transaction had when `snapshot` was taken. It keeps the second arm short for a cursor that has
+    lain in the database; for one that is milliseconds old it does nothing."""
+    late: tuple[tuple[int, int], ...] = ()
+    """Stragglers (position, lane) of a huge late transaction that are still to be delivered before anything else."""
+    late_until: Snapshot | None = None
+
+    @classmethod
+    def at_beginning(cls, lanes: Iterable[int]) -> Cursor:
+        """Before the first event."""
+        return cls(dict.fromkeys(lanes, 0), NOTHING_SEEN, _FIRST_XID)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Events in the order in which they must be sent, and the cursor once they have been."""
+
+    events: list[LoggedEvent]
+    cursor: Cursor
+    complete: bool
+    """Whether this was everything that was there: the next read can wait a little."""
+
+
+class LogReader:
+    """Reads pages through one connection, which is in autocommit: no snapshot is held between two reads."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        schema: str = DEFAULT_SCHEMA,
+        *,
+        arms: Iterable[str] = tuple(_ARMS),
+        prepare: bool = True,
+    ) -> None:
+        """*prepare*: whether statements may be prepared (not so behind some transaction poolers).
+
+        *arms* exists for the tests that show what each arm is for.
+        """
+        self._connection = connection
+        self._schema = schema
+        self._prepare = prepare or None
+        parts = [_ARMS[arm] for arm in arms]
+        self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
+
+    def read(self, cursor: Cursor, rows: int) -> Page:
+        """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers."""
+        if cursor.late:
+            return self._late_page(cursor, rows)
+        found = self._rows(
+            self._page_sql,
+            lanes=list(cursor.his),
+            his=list(cursor.his.values()),
+            rows=rows,
+            highest=max(cursor.his.values(), default=0),
+            **self._since(cursor),
+        )
+        seen = Snapshot(next(row[3] for row in found if row[0] == _SNAPSHOT_LANE))
+        not_durable = next(row[1] for row in found if row[0] == _SNAPSHOT_LANE)
+        events = [LoggedEvent._make(row) for row in found if row[0] in cursor.his]
+        late = sum(event.position <= cursor.his[event.lane] for event in events)
+        crowd = sum(
+            row[0] != _SNAPSHOT_LANE and row[1] <= max(cursor.his.values(), default=0)
+            for row in found
+        )
+        if late and crowd > rows:
+            return self.read(self._with_late(cursor, seen), rows)
+        events.sort(key=lambda event: event.position)
+        if events and not_durable > 0:
+            self._make_durable()
+        his = dict(cursor.his)
+        taken = dict.fromkeys(his, 0)
+        for event in events:
+            if event.position > his[event.lane]:
+                his[event.lane] = event.position
+            taken[event.lane] += 1
+        complete = all(count < rows for count in taken.values())
+        return Page(events, Cursor(his, seen), complete)
+
+    def unchanged_since(self, cursor: Cursor) -> bool:
+        """Whether no transaction at all has ended since *cursor* was read: then there is nothing to read."""
+        (now,) = self._rows(_ANY_SNAPSHOT)[0]
+        return now == cursor.snapshot.text
+
+    def _with_late(self, cursor: Cursor, until: Snapshot) -> Cursor:
+        """A huge transaction has committed late: note its positions, to deliver them page by page."""
+        found = self._rows(
+            in_schema(_LATE_POSITIONS, self._schema),
+            highest=max(cursor.his.values()),
+            until=until.text,
+            **self._since(cursor),
+        )
+        late = tuple(
+            (position, lane) for position, lane in found if position <= cursor.his.get(lane, -1)
+        )
+        return replace(cursor, late=late, late_until=until)
+
+    def _late_page(self, cursor: Cursor, rows: int) -> Page:
+        page, rest = cursor.late[:rows], cursor.late[rows:]
+        found = self._rows(
+            in_schema(_AT_POSITIONS, self._schema),
+            lanes=[lane for _, lane in page],
+            positions=[position for position, _ in page],
+        )
+        self._make_durable()
+        events = [LoggedEvent._make(row) for row in found]
+        if rest:
+            return Page(events, replace(cursor, late=rest), complete=False)
+        assert cursor.late_until is not None
+        return Page(events, Cursor(cursor.his, cursor.late_until), complete=False)
+
+    def _since(self, cursor: Cursor) -> dict[str, Any]:
+        return {
+            "running": cursor.snapshot.running,
+            "next": str(cursor.snapshot.next),
+            "ceiling": str(cursor.ceiling),
+        }
+
+    def _make_durable(self) -> None:
+        """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them."""
+        with self._connection.transaction():
+            self._connection.execute("SET LOCAL synchronous_commit = on")
+            self._connection.execute(_FLUSH)
+
+    def _rows(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
+        with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
+            cursor.execute(sql.encode(), params, prepare=self._prepare)
+            return cursor.fetchall()
