@@ -153,22 +153,31 @@ class Standing:
         """What is wrong, in words; nothing where an event may wait for *patience* and none does."""
         uncarried = sum(lane.waiting for lane in self.lanes if not lane.relay_alive)
         if uncarried:
-            yield f"{uncarried} events wait in lanes that no relay holds: start `outbox relay`"
+            yield (
+                f"{plural(uncarried, 'event')} in lanes that no relay holds: start `outbox relay`"
+            )
         elif self.oldest is not None and self.oldest > patience:
             yield (
-                f"the oldest of {self.waiting} unpublished events has waited for "
+                f"the oldest of {plural(self.waiting, 'unpublished event')} has waited for "
                 f"{self.oldest.total_seconds():.0f} s: is the broker reachable? See `outbox doctor`"
             )
         overdue = sum(owed.due for owed in self.pending if owed.overdue > patience)
         if overdue:
-            yield f"{overdue} deliveries are overdue: is a worker of their service running?"
-        if self.dead:
-            yield f"{sum(each.letters for each in self.dead)} dead letters: see `outbox dead list`"
-        if self.quarantined:
             yield (
-                f"{sum(each.messages for each in self.quarantined)} messages in quarantine: "
-                "see `outbox quarantine list`"
+                f"{plural(overdue, 'delivery', 'deliveries')} overdue: "
+                "is a worker of their service running?"
             )
+        if self.dead:
+            letters = sum(each.letters for each in self.dead)
+            yield f"{plural(letters, 'dead letter')}: see `outbox dead list`"
+        if self.quarantined:
+            messages = sum(each.messages for each in self.quarantined)
+            yield f"{plural(messages, 'message')} in quarantine: see `outbox quarantine list`"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 event`, `2,000 events`."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def read_standing(connection: Connection, schema: str = DEFAULT_SCHEMA) -> Standing:

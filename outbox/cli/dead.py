@@ -21,6 +21,7 @@ from outbox.cli.output import (
     reporting_problems,
 )
 from outbox.dead_letters import DeadLetter, Matching
+from outbox.status import plural
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,11 +110,11 @@ def show_command(id: int, database_url: str, schema: str, as_json: bool) -> None
     out = console()
     for name, value in _summary(letter).items():
         out.print(f"[bold]{name:>10}[/]  ", end="")
-        out.print(printable(str(value)), markup=False)
+        out.print(printable(str(value)), markup=False, soft_wrap=True)
     out.print("\n[bold]event[/]")
-    out.print(printable(envelope_of(letter.body, indent=2)), markup=False)
+    out.print(printable(envelope_of(letter.body, indent=2)), markup=False, soft_wrap=True)
     out.print("\n[bold]traceback[/]")
-    out.print(printable(letter.traceback), markup=False)
+    out.print(printable(letter.traceback), markup=False, soft_wrap=True)
 
 
 @command.command("redrive")
@@ -190,7 +191,7 @@ def _ask(
         meant = dead_letters.count(session, matching, schema=schema)
     meant = meant if limit is None else min(meant, limit)
     if meant:
-        confirm(f"{verb} {meant} dead letter{'s' if meant != 1 else ''}?", yes=False)
+        confirm(f"{verb} {plural(meant, 'dead letter')}?", yes=False)
 
 
 def _done(verb: str, touched: int, id: int | None, *, as_json: bool) -> None:

@@ -93,9 +93,9 @@ def show_command(id: int, database_url: str, schema: str, as_json: bool) -> None
     out = console()
     for name, value in {**_summary(message), "headers": message.headers}.items():
         out.print(f"[bold]{name:>10}[/]  ", end="")
-        out.print(printable(str(value)), markup=False)
+        out.print(printable(str(value)), markup=False, soft_wrap=True)
     out.print("\n[bold]body[/]")
-    out.print(printable(envelope_of(message.body)), markup=False)
+    out.print(printable(envelope_of(message.body)), markup=False, soft_wrap=True)
 
 
 @command.command("redrive")

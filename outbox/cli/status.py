@@ -11,7 +11,7 @@ from outbox import status
 from outbox.cli import options
 from outbox.cli.output import ago, console, print_json, print_table, reporting_problems
 from outbox.schema import component
-from outbox.status import COUNTED_PER_LANE, Lane, Standing
+from outbox.status import COUNTED_PER_LANE, Lane, Standing, plural
 
 
 @click.command("status", short_help="Show what waits: events, deliveries, dead letters.")
@@ -102,8 +102,7 @@ def _print(standing: Standing, problems: list[str]) -> None:
 
 
 def _calm(standing: Standing) -> str:
-    relays = len(standing.relays)
-    carried = f"{relays} relay{'s' if relays != 1 else ''} running"
+    carried = f"{plural(len(standing.relays), 'relay')} running"
     if not standing.waiting:
         return f"nothing waits; {carried}"
     return (
