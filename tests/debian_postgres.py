@@ -13,7 +13,11 @@ _INSTALLED = Path("/usr/lib/postgresql")
 
 
 class DebianPostgres(LocalPostgres):
-    """PostgreSQL from Debian's own package, newest version first."""
+    """PostgreSQL from Debian's own package, newest version first; quick, not durable."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.settings = {"fsync": "off", "unix_socket_directories": str(directory)}
 
     @staticmethod
     def programs() -> Path | None:
@@ -40,7 +44,7 @@ class DebianPostgres(LocalPostgres):
         return [
             str(programs / "postgres"),
             *("-D", str(self.directory / "data"), "-h", "127.0.0.1", "-p", str(self.port)),
-            *("-c", f"unix_socket_directories={self.directory}", "-c", "fsync=off"),
+            *(part for each in self.settings.items() for part in ("-c", "=".join(each))),
         ]
 
     def _user(self) -> str | None:
