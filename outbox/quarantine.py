@@ -132,13 +132,12 @@ def redrive(session: Session, id: int, *, schema: str = DEFAULT_SCHEMA) -> bool:
     The service's sweeper sends it to its own queue soon after the commit; if it still cannot be
     read it comes back here. An event that is older than the dedupe window is run: say so to whoever
     orders it, as nobody can know any more whether it was handled before. False where there is no
-    such message, `ValueError` where its body was cut off.
+    such message, `ValueError` where its body was cut off or is no text.
     """
     message = show(session, id, schema=schema)
     if message is None:
         return False
-    if not message.is_whole:
-        raise ValueError(f"quarantined message {id} was cut off when it was stored; discard it")
+    _check_can_be_sent(message)
     removed = session.execute(statement(_REMOVE, schema), {"id": id}).one_or_none()
     if removed is None:
         return False
@@ -172,6 +171,17 @@ def discard(session: Session, id: int, reason: str, *, schema: str = DEFAULT_SCH
 def redrive_id(service: str, body: bytes) -> UUID:
     """The id under which a message is owed whose own id nobody could read."""
     return uuid5(_NAMESPACE, f"{service}:{hashlib.sha256(body).hexdigest()}")
+
+
+def _check_can_be_sent(message: Quarantined) -> None:
+    if not message.is_whole:
+        raise ValueError(f"message {message.id} was cut off when it was stored; discard it")
+    try:
+        message.body.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"message {message.id} is no UTF-8 text, so no release can read it; discard it"
+        ) from error
 
 
 def _evict_oldest(session: Session, service: str, newest: int, max_rows: int, schema: str) -> None:

@@ -1,0 +1,95 @@
+"""Redis lists hold what anyone pushed; kombu expects its own messages in them and dies of others.
+
+An item that is no kombu message is put into one, as its raw body, before the transport reads it: so
+it is counted as unacknowledged, reaches the quarantine table, and the worker lives on.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from typing import Any
+
+
+def with_readable_messages(connection: Any) -> Any:
+    """Make *connection*, not yet open, read what is no message as one. Other brokers: unchanged."""
+    create_transport = connection.create_transport
+
+    def create() -> Any:
+        transport = create_transport()
+        if getattr(transport, "driver_type", None) == "redis":
+            transport.Channel = _reading_anything(transport.Channel)
+        return transport
+
+    connection.create_transport = create
+    return connection
+
+
+def readable(item: bytes | str, queue: str) -> bytes | str:
+    """*item*, if kombu can read it, else a kombu message with *item* as its body."""
+    try:
+        if _is_message(json.loads(item)):
+            return item
+    except (ValueError, RecursionError):
+        pass
+    raw = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
+    return json.dumps(
+        {
+            "body": base64.b64encode(raw).decode(),
+            "content-type": "application/octet-stream",
+            "content-encoding": "binary",
+            "headers": {},
+            "properties": {
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "delivery_mode": 2,
+                "priority": 0,
+            },
+        }
+    )
+
+
+def _is_message(payload: Any) -> bool:
+    match payload:
+        case {
+            "body": str() as body,
+            "headers": dict() as headers,
+            "properties": {
+                "delivery_tag": str(),
+                "delivery_info": {"exchange": str(), "routing_key": str()},
+                "body_encoding": "base64",
+            },
+        }:
+            # Decompressing is the transport's first act, without any bound.
+            return "compression" not in headers and _is_base64(body)
+    return False
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        base64.b64decode(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _reading_anything(channel: type[Any]) -> type[Any]:
+    class Channel(channel):  # type: ignore[misc]
+        def _create_client(self, asynchronous: bool = False) -> Any:
+            client = super()._create_client(asynchronous=asynchronous)
+            parse = client.parse_response
+
+            def parse_response(connection: Any, command_name: str, **options: Any) -> Any:
+                reply = parse(connection, command_name, **options)
+                if command_name == "BRPOP" and reply:
+                    key, item = reply
+                    queue = key.decode() if isinstance(key, bytes) else key
+                    return key, readable(item, queue.rsplit(self.sep, 1)[0])
+                return reply
+
+            client.parse_response = parse_response
+            return client
+
+    return Channel
