@@ -1,0 +1,54 @@
+"""What the relay asks of a broker, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from outbox.buses.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingMessage:
+    """One event on its way to the broker."""
+
+    event_id: UUID
+    type: str
+    key: str | None
+    body: bytes
+    """The envelope's exact bytes."""
+    lane: int
+    position: int
+    key_seq: int | None = None
+    queue: str | None = None
+    """None: to the topic exchange, by type. Otherwise to this queue only."""
+    handler: str | None = None
+    """Only this handler is meant (a retry, a timer, a redrive)."""
+
+
+class Confirmation(Protocol):
+    """The broker's answer to one batch."""
+
+    def wait(self) -> None:
+        """Return once the broker has taken every message of the batch; raise `BusError` otherwise."""
+
+
+class Bus(Protocol):
+    """A connection to a broker, made when it is needed and made again after it failed.
+
+    What `send` was given and `wait` did not confirm may or may not have arrived: it is to be sent again.
+    """
+
+    def declare(self, topology: Topology) -> None:
+        """Make the exchange, the service's queue and its bindings, if they are not there."""
+
+    def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
+        """Hand over a batch, in order, without waiting for the broker's answer. Raises `BusError`."""
+
+    def keep_alive(self) -> None:
+        """Called about every second while there is nothing to send."""
+
+    def close(self) -> None:
+        """Let go of the connection."""
