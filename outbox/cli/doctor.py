@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,6 +14,7 @@ from outbox import doctor
 from outbox.cli import options
 from outbox.cli.output import Problem, console, masked, print_json, printable, reporting_problems
 from outbox.doctor import Finding, Level
+from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -51,13 +52,15 @@ def command(
 
     Exits 1 when a check fails.
     """
+    app = None if app_name is None else _load(app_name)
     examinations: list[Iterator[Finding]] = []
     if database_url is not None:
         examinations.append(_database(database_url, schema))
     if broker_url is not None:
-        examinations.append(doctor.examine_broker(broker_url, exchange=exchange, queues=queues))
-    if app_name is not None:
-        examinations.append(doctor.examine_app(_load(app_name)))
+        named = {**dict.fromkeys(queues), **_queues_of(app)}
+        examinations.append(doctor.examine_broker(broker_url, exchange=exchange, queues=named))
+    if app is not None:
+        examinations.append(doctor.examine_app(app))
     if not examinations:
         raise click.UsageError("name what to look at: --database-url, --broker-url or --app")
     findings = []
@@ -90,6 +93,18 @@ def _load(name: str) -> Celery:
     except (ImportError, AttributeError) as error:
         raise Problem(f"cannot load the Celery app {name!r}: {error}") from error
     return app
+
+
+def _queues_of(app: Celery | None) -> dict[str, Mapping[str, Any] | None]:
+    if app is None:
+        return {}
+    from outbox.celery import installed
+
+    try:
+        queue = installed(app).queue
+    except ConfigurationError:
+        return {}
+    return {queue.name: queue.queue_arguments or {}}
 
 
 def _masked(finding: Finding) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,17 +10,23 @@ from urllib.parse import urlsplit
 
 from outbox.doctor.finding import Answer, Check, Finding, Level, fail, ok, run, warn
 
+Arguments = Mapping[str, Any]
+Queues = Mapping[str, Arguments | None]
+"""The queues that must be there, each with the arguments that its worker declares, if known."""
+
 TIMEOUT: Final = 5.0
 _HERE: Final = {"localhost", "127.0.0.1", "::1", None}
 
 
 def examine_broker(
-    url: str, *, exchange: str = "events", queues: Sequence[str] = ()
+    url: str, *, exchange: str = "events", queues: Queues | Iterable[str] = ()
 ) -> Iterator[Finding]:
     """Make all checks on the broker at *url*: amqp, amqps, redis or rediss.
 
     *queues* are those that must be there. One finding only where the broker does not answer.
     """
+    if not isinstance(queues, Mapping):
+        queues = dict.fromkeys(queues)
     scheme = urlsplit(url).scheme.partition("+")[0]
     if scheme in {"amqp", "amqps", "pyamqp"}:
         return _examine_rabbitmq(url, exchange, queues)
@@ -51,7 +57,7 @@ class RabbitMQ:
     connection: Any
     url: str
     exchange: str
-    queues: Sequence[str]
+    queues: Queues
 
     def try_declaring(self, kind: str, **arguments: Any) -> tuple[int, str]:
         """The AMQP reply code and text: 0 for done. A refusal closes the channel, so each has its own."""
@@ -68,7 +74,7 @@ class RabbitMQ:
             ) else ""
 
 
-def _examine_rabbitmq(url: str, exchange: str, queues: Sequence[str]) -> Iterator[Finding]:
+def _examine_rabbitmq(url: str, exchange: str, queues: Queues) -> Iterator[Finding]:
     from kombu import Connection
 
     try:
@@ -120,7 +126,7 @@ def rabbitmq_exchange(broker: RabbitMQ) -> Answer:
 
 def rabbitmq_queues(broker: RabbitMQ) -> Answer:
     told = []
-    for name in broker.queues:
+    for name, arguments in broker.queues.items():
         code, said = broker.try_declaring("queue", queue=name, passive=True)
         if code == 404:
             return fail(
@@ -130,21 +136,28 @@ def rabbitmq_queues(broker: RabbitMQ) -> Answer:
         if code:
             return warn(f"{name!r} could not be looked at: {said}", "give this user rights on it")
         told.append(f"{name!r} {said}")
-        # Without knowing its arguments; which of them differs is said, and durability is first.
-        code, said = broker.try_declaring("queue", queue=name, durable=True, auto_delete=False)
-        if code == 406 and any(f"'{each}'" in said for each in ("durable", "auto_delete")):
+        code, said = broker.try_declaring(
+            "queue", queue=name, durable=True, auto_delete=False, arguments=dict(arguments or {})
+        )
+        # Durability is compared before arguments, and the answer names what differs.
+        passing = any(f"'{each}'" in said for each in ("durable", "auto_delete"))
+        if code == 406 and (passing or arguments is not None):
             return fail(
-                f"{name!r} does not outlive a restart: {said}",
-                "stop the worker, delete the queue, start the worker: it declares a durable one",
+                f"{name!r} {'does not outlive a restart' if passing else 'is another kind'}: {said}",
+                "stop the worker, empty and delete the queue, start the worker: it makes it anew",
             )
     return ok("; ".join(told) or "none asked for (name them with --queue)")
 
 
 def encryption(broker: RabbitMQ | Redis) -> Answer:
-    parts = urlsplit(broker.url)
-    if parts.hostname in _HERE or parts.scheme in {"amqps", "rediss"}:
-        return ok("encrypted" if parts.scheme in {"amqps", "rediss"} else "local connection")
-    return warn(f"{parts.scheme} to {parts.hostname} in the clear", "use amqps:// or rediss://")
+    parts = [urlsplit(each) for each in broker.url.split(";")]
+    clear = [each for each in parts if each.scheme not in {"amqps", "rediss"}]
+    if not clear:
+        return ok("encrypted")
+    away = [str(each.hostname) for each in clear if each.hostname not in _HERE]
+    if away:
+        return warn(f"in the clear to {', '.join(away)}", "use amqps:// or rediss://")
+    return ok("local connection")
 
 
 # --- Redis ----------------------------------------------------------------------------------
@@ -155,7 +168,7 @@ class Redis:
     client: Any
     url: str
     exchange: str
-    queues: Sequence[str]
+    queues: Queues
 
     def setting(self, name: str) -> str | None:
         """A server setting; None where this user may not ask, as with most hosted ones."""
@@ -168,7 +181,7 @@ class Redis:
         return str(found[name]) if name in found else None
 
 
-def _examine_redis(url: str, exchange: str, queues: Sequence[str]) -> Iterator[Finding]:
+def _examine_redis(url: str, exchange: str, queues: Queues) -> Iterator[Finding]:
     import redis
 
     try:

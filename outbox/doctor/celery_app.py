@@ -37,7 +37,25 @@ def receive_task(app: Any) -> Answer:
             "reject_on_worker_lost is off: an event whose worker is killed is gone",
             f"set reject_on_worker_lost on {RECEIVE!r}; {_SETUP}",
         )
-    return ok("acks_late and reject_on_worker_lost")
+    if task.acks_on_failure_or_timeout:
+        return fail(
+            "acks_on_failure_or_timeout is on: an event that runs into its time limit is gone",
+            f"turn it off on {RECEIVE!r}; {_SETUP}",
+        )
+    return ok("acks_late, reject_on_worker_lost, no ack on failure or timeout")
+
+
+def consumer(app: Any) -> Answer:
+    from celery.worker.consumer import Consumer
+    from kombu.utils.imports import symbol_by_name
+
+    used = symbol_by_name(app.conf.worker_consumer or "celery.worker.consumer:Consumer")
+    if used is Consumer:
+        return fail(
+            "worker_consumer is Celery's own, which discards what it cannot read",
+            f"leave worker_consumer as it is set up; {_SETUP}",
+        )
+    return ok(f"{used.__module__}.{used.__name__}")
 
 
 def accepted_content(app: Any) -> Answer:
@@ -112,6 +130,7 @@ def visibility(app: Any) -> Answer:
 
 CHECKS: Final[tuple[Check[Any], ...]] = (
     ("celery: receive task", receive_task),
+    ("celery: consumer", consumer),
     ("celery: accepted content", accepted_content),
     ("celery: serializers", serializers),
     ("celery: eager mode", eager_mode),
