@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "doctor": "Check everything that could quietly break a promise.",
     "dead": "Deliveries that a handler failed for good.",
     "quarantine": "Messages that no handler could be given.",
+    "adopt-cluster": "Go on after a restore into another PostgreSQL cluster.",
 }
 
 
@@ -31,7 +32,7 @@ class _ByName(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command = import_module(f"outbox.cli.{cmd_name}").command
+        command = import_module(f"outbox.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 
@@ -45,6 +46,6 @@ class _ByName(click.Group):
 def main() -> None:
     """Events that exist exactly if their transaction committed.
 
-    Databases and brokers are named by options, or by OUTBOX_DATABASE_URL, OUTBOX_BROKER_URL and
-    OUTBOX_SCHEMA. Each command has --json and its own --help.
+    Databases and brokers are named by options, or by OUTBOX_DATABASE_URL, OUTBOX_BROKER_URL,
+    OUTBOX_EXCHANGE and OUTBOX_SCHEMA. Each command has --json and its own --help.
     """

@@ -26,13 +26,7 @@ _COLOURS: Final = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold re
 @options.database_url(required=False)
 @options.broker_url(required=False)
 @options.schema
-@click.option(
-    "--exchange",
-    envvar="OUTBOX_EXCHANGE",
-    default="events",
-    show_default=True,
-    help="The topic exchange that events go to.",
-)
+@options.exchange
 @click.option("--queue", "queues", multiple=True, help="A queue that must be there; repeatable.")
 @click.option("-A", "--app", "app_name", metavar="MODULE", help="A Celery app to look at as well.")
 @click.option("--strict", is_flag=True, help="Exit 1 for warnings too.")

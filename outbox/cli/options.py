@@ -72,6 +72,14 @@ schema = click.option(
     callback=_schema,
     help="PostgreSQL schema that holds the tables.",
 )
+exchange = click.option(
+    "--exchange",
+    envvar="OUTBOX_EXCHANGE",
+    show_envvar=True,
+    default="events",
+    show_default=True,
+    help="The topic exchange that events go to.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
 

@@ -121,6 +121,7 @@ def not_found(what: str) -> NoReturn:
 
 
 def _explained(error: Exception) -> str | None:
+    import psycopg
     from sqlalchemy.exc import DBAPIError
 
     from outbox.errors import OutboxError
@@ -129,6 +130,8 @@ def _explained(error: Exception) -> str | None:
         return error.message
     if isinstance(error, DBAPIError):
         return masked(f"database: {error.orig}".strip())
+    if isinstance(error, psycopg.Error):
+        return masked(f"database: {error}".strip())
     if isinstance(error, OutboxError | OSError):
         return masked(str(error))
     return None

@@ -219,8 +219,9 @@ def long_transactions(patient: Patient) -> Answer:
 def default_partition(patient: Patient) -> Answer:
     if patient.one("SELECT EXISTS (SELECT FROM {schema}.outbox_event_default)"):
         return warn(
-            "events lie in outbox_event_default, so their space does not come back",
-            "keep a relay running (it makes partitions ahead), then move them out of the default",
+            "no relay made partitions in time, and events went to outbox_event_default; "
+            "they are delivered like all others, but their space does not come back by itself",
+            "keep a relay running; delete from the default what is delivered and old enough",
         )
     return ok("outbox_event_default is empty")
 
@@ -236,7 +237,7 @@ def system_identifier(patient: Patient) -> Answer:
         return fail(
             f"cursors were stored in cluster {adopted}, this is cluster {here}: "
             "transaction ids of one mean nothing in the other",
-            "this database was restored or copied; start the relay, which says how to go on",
+            "after a restore: stop all relays and writers, then `outbox adopt-cluster`",
         )
     return ok(str(here))
 

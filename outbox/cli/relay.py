@@ -1,0 +1,118 @@
+"""`outbox relay`: the relay as a process that a service manager starts and stops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+from types import FrameType
+
+import click
+
+from outbox.buses import open_bus
+from outbox.cli import options
+from outbox.cli.output import masked, print_json, reporting_problems
+from outbox.relay import Relay, RelaySettings
+from outbox.schema import component
+
+log = logging.getLogger("outbox.relay")
+
+_DAY = timedelta(days=1)
+_DEFAULTS = RelaySettings()
+
+
+@click.command("relay", short_help="Carry committed events to the broker.")
+@options.database_url()
+@options.broker_url()
+@options.schema
+@options.exchange
+@click.option(
+    "--retention",
+    type=click.FloatRange(min=0),
+    default=_DEFAULTS.retention / _DAY,
+    show_default=True,
+    metavar="DAYS",
+    help="How long delivered events are kept, for replay.",
+)
+@click.option(
+    "--no-prepare",
+    is_flag=True,
+    help="Prepare no statements: for a transaction pooler that cannot have them.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+)
+@options.as_json
+@reporting_problems
+def command(
+    database_url: str,
+    broker_url: str,
+    schema: str,
+    exchange: str,
+    retention: float,
+    no_prepare: bool,
+    log_level: str,
+    as_json: bool,
+) -> None:
+    """Carry committed events to the broker until told to stop. Any number may run at once.
+
+    SIGTERM or SIGINT ends it gracefully: what is under way is confirmed and stored, and the lanes
+    go to the others. A second signal ends it at once; what was under way is sent again by whoever
+    comes next. With --json the last line of output says what was done.
+    """
+    _log_to_stderr(log_level)
+    settings = RelaySettings(retention=retention * _DAY, prepare=not no_prepare)
+    bus = open_bus(broker_url, exchange)
+    relay = Relay(database_url, bus, schema=schema, settings=settings)
+    stopping = threading.Event()
+    _stop_on_signals(relay, stopping)
+    _await_tables(database_url, schema, stopping)
+    if not stopping.is_set():
+        log.info("relaying schema %r to %s, exchange %r", schema, masked(broker_url), exchange)
+        relay.run()
+    log.info("stopped: %d events confirmed", relay.stats.confirmed)
+    if as_json:
+        print_json(relay.stats)
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+def _stop_on_signals(relay: Relay, stopping: threading.Event) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+        relay.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _await_tables(database_url: str, schema: str, stopping: threading.Event) -> None:
+    """Wait for a database that is not up yet; one without our tables is a mistake."""
+    from sqlalchemy.exc import OperationalError
+
+    with options.database(database_url, "relay") as engine:
+        while not stopping.is_set():
+            try:
+                with engine.connect() as connection:
+                    component.check(connection, schema)
+                return
+            except OperationalError as error:
+                log.warning("database: %s; trying again", str(error.orig).strip())
+                stopping.wait(1)
