@@ -1,0 +1,210 @@
+"""What one participant remembers of its sagas, and the narrow port through which the runtime uses it.
+
+The runtime does no I/O of its own: it asks a `Journal` inside a transaction that someone else begins
+and ends. `saga.store` answers from PostgreSQL; a simulation answers from a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+from outbox.envelope import Envelope
+from outbox.events import EventType
+from saga.errors import IllegalTransition
+
+
+class SagaState(StrEnum):
+    """Where a saga stands, as far as one participant knows."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    """Decided: it goes forward from here, and no abort is heard any more."""
+    COMPENSATING = "compensating"
+    """Aborted, and some of this participant's steps are not undone yet."""
+    COMPENSATED = "compensated"
+    """Aborted, with nothing left of it here. Also the tombstone of a saga not heard of before."""
+
+    @property
+    def aborted(self) -> bool:
+        return self in (SagaState.COMPENSATING, SagaState.COMPENSATED)
+
+
+class StepState(StrEnum):
+    """Where one run of a step stands."""
+
+    DONE = "done"
+    REJECTED = "rejected"
+    """The step said no and left nothing behind."""
+    SKIPPED = "skipped"
+    """It never ran, because the saga had been aborted (or decided, for a completing join)."""
+    STUCK = "stuck"
+    """Its attempts are used up and it left nothing behind; a redrive runs it again."""
+    COMPENSATING = "compensating"
+    """Its compensation is due, as durable work of its own."""
+    COMPENSATION_STUCK = "compensation_stuck"
+    """Its compensation's attempts are used up; a redrive runs it again."""
+    COMPENSATED = "compensated"
+
+    @property
+    def owes_compensation(self) -> bool:
+        return self in (StepState.COMPENSATING, StepState.COMPENSATION_STUCK)
+
+    @property
+    def waits_for_a_person(self) -> bool:
+        return self in (StepState.STUCK, StepState.COMPENSATION_STUCK)
+
+
+SAGA_TRANSITIONS: Final[Mapping[SagaState, frozenset[SagaState]]] = MappingProxyType(
+    {
+        SagaState.RUNNING: frozenset(
+            {SagaState.COMPLETED, SagaState.COMPENSATING, SagaState.COMPENSATED}
+        ),
+        SagaState.COMPENSATING: frozenset({SagaState.COMPENSATED}),
+        SagaState.COMPLETED: frozenset(),
+        SagaState.COMPENSATED: frozenset(),
+    }
+)
+STEP_TRANSITIONS: Final[Mapping[StepState | None, frozenset[StepState]]] = MappingProxyType(
+    {
+        None: frozenset({StepState.DONE, StepState.REJECTED, StepState.SKIPPED, StepState.STUCK}),
+        StepState.STUCK: frozenset(
+            {StepState.DONE, StepState.REJECTED, StepState.SKIPPED, StepState.STUCK}
+        ),
+        StepState.DONE: frozenset({StepState.COMPENSATING, StepState.COMPENSATED}),
+        StepState.COMPENSATING: frozenset({StepState.COMPENSATED, StepState.COMPENSATION_STUCK}),
+        StepState.COMPENSATION_STUCK: frozenset(
+            {StepState.COMPENSATED, StepState.COMPENSATION_STUCK}
+        ),
+        StepState.REJECTED: frozenset(),
+        StepState.SKIPPED: frozenset(),
+        StepState.COMPENSATED: frozenset(),
+    }
+)
+
+
+def check_saga_move(saga_id: UUID, before: SagaState, after: SagaState) -> None:
+    """Raise `IllegalTransition` unless a saga may go from *before* to *after*."""
+    if after not in SAGA_TRANSITIONS[before]:
+        raise IllegalTransition(f"saga {saga_id} cannot go from {before} to {after}")
+
+
+def check_step_move(run: RunKey, before: StepState | None, after: StepState) -> None:
+    """Raise `IllegalTransition` unless a step's run may go from *before* to *after*."""
+    if after not in STEP_TRANSITIONS[before]:
+        raise IllegalTransition(f"{run} cannot go from {before or 'nothing'} to {after}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """One run of one step: a step runs once for each event that triggers it."""
+
+    saga_id: UUID
+    step: str
+    trigger_id: UUID
+    """Id of the triggering event; of the saga, for a join."""
+
+    def __str__(self) -> str:
+        return f"step {self.step} (trigger {self.trigger_id}) of saga {self.saga_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class SagaRow:
+    """A saga's row, locked until the transaction ends."""
+
+    saga_id: UUID
+    state: SagaState
+    stuck: bool = False
+    reason: str | None = None
+    new: bool = False
+    """Whether this very call wrote it: nothing else of this saga can be in the journal then."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One run of a step as the journal has it, without the bodies."""
+
+    key: RunKey
+    state: StepState
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedRun:
+    """A run whose row is locked, with the exact envelopes that its compensation needs."""
+
+    key: RunKey
+    state: StepState
+    trigger: bytes
+    emitted: bytes | None
+
+
+class Journal(Protocol):
+    """The port: one participant's journal, outbox and pending work, in one open transaction.
+
+    A model that replaces it must do as PostgreSQL does at READ COMMITTED: `open` and `lock` wait
+    for an uncommitted row of the same saga, `lock` and `claim` wait for a row that is locked, and
+    each call sees what was committed before it began.
+    """
+
+    @property
+    def session(self) -> Any:
+        """What the user's functions get to write through."""
+
+    def open(self, start: RunKey, definition: str, trigger: bytes) -> bool:
+        """Write a new saga with its start as done; False, writing nothing, if there is one."""
+
+    def lock(self, saga_id: UUID) -> SagaRow:
+        """Lock the saga's row, writing it as running where there is none."""
+
+    def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
+        """Write a locked saga's state, or only its flag and reason where the state stays."""
+
+    def find(self, key: RunKey) -> StepState | None:
+        """The state of a run; None where the journal has no such run."""
+
+    def record(
+        self,
+        key: RunKey,
+        before: StepState | None,
+        after: StepState,
+        *,
+        trigger: bytes,
+        emitted: bytes | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Write the outcome of a run that did not stand in the journal, or stood there as stuck."""
+
+    def advance(
+        self, key: RunKey, before: StepState, after: StepState, *, reason: str | None = None
+    ) -> None:
+        """Move a recorded run on. Raises `IllegalTransition` if it does not stand at *before*."""
+
+    def runs(self, saga_id: UUID) -> list[StepRow]:
+        """All runs of a saga, oldest first."""
+
+    def claim(self, key: RunKey) -> ClaimedRun | None:
+        """Lock one run's row and read it."""
+
+    def arrive(self, saga_id: UUID, join: str, envelope: Envelope) -> None:
+        """Keep an event for a join; the first of its type stays."""
+
+    def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
+        """The events that have come for a join: their exact envelopes by event type."""
+
+    def append(self, envelope: Envelope, event_type: EventType) -> None:
+        """Publish an event with this transaction."""
+
+    def schedule(self, handler: str, envelope: Envelope) -> None:
+        """Owe one handler of this participant a delivery, due at once."""
+
+    def savepoint(self) -> AbstractContextManager[Any]:
+        """A part of the transaction that an exception takes back alone."""
+
+    def flush(self) -> None:
+        """Send what a user's function left in the session, so that its errors show here."""

@@ -1,0 +1,249 @@
+"""The journal in PostgreSQL: all SQL of the saga runtime.
+
+What holds at READ COMMITTED, and why:
+
+- *One operation at a time per saga and participant.* Each operation begins with `lock` (or `open`),
+  and the row stays locked until its transaction ends. Where there is no row yet, the insert takes
+  its place: a second inserter of the same key waits for the first, then finds the row (and locks
+  it) or, after a rollback, inserts its own. There is no moment at which both have found nothing.
+- *Who holds the lock sees all that earlier holders wrote.* Every statement has a snapshot of its
+  own, taken after `lock` returned, hence after the earlier holder's commit.
+- *A run is recorded once.* The primary key (saga, participant, step, trigger) says so even if the
+  inbox has forgotten the event; `record` and `advance` name the state that they start from, so a
+  transition that is not in the state machine fails instead of being written.
+
+A lock that is not had within `lock_timeout` raises `outbox.attempt.Busy`: the delivery is looked at
+again later, and waiting for a slow step of the same saga uses up no attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+
+from outbox import pending
+from outbox.attempt import Busy
+from outbox.connections import executor
+from outbox.envelope import Envelope
+from outbox.events import EventType
+from outbox.publishing import append
+from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.statements import statement
+from outbox.transient import is_lock_timeout
+from saga.errors import IllegalTransition
+from saga.journal import (
+    ClaimedRun,
+    RunKey,
+    SagaRow,
+    SagaState,
+    StepRow,
+    StepState,
+    check_saga_move,
+    check_step_move,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import CursorResult
+
+_OPEN_SAGA: Final = """
+INSERT INTO {schema}.saga (saga_id, participant, definition, state)
+VALUES (%s, %s, %s, 'running') ON CONFLICT DO NOTHING RETURNING true
+"""
+_RECORD_START: Final = """
+INSERT INTO {schema}.saga_step (saga_id, participant, step, trigger_id, state, trigger)
+VALUES (%s, %s, %s, %s, 'done', %s)
+"""
+_INSERT_SAGA: Final = """
+INSERT INTO {schema}.saga (saga_id, participant, state)
+VALUES (:saga_id, :participant, 'running') ON CONFLICT DO NOTHING RETURNING true
+"""
+_LOCK_SAGA: Final = """
+SELECT state, stuck, reason FROM {schema}.saga
+WHERE saga_id = :saga_id AND participant = :participant FOR UPDATE
+"""
+_MOVE_SAGA: Final = """
+UPDATE {schema}.saga SET state = :after, stuck = :stuck, reason = :reason,
+    changed_at = clock_timestamp()
+WHERE saga_id = :saga_id AND participant = :participant AND state = :before
+"""
+_FIND_RUN: Final = """
+SELECT state FROM {schema}.saga_step WHERE saga_id = :saga_id
+    AND participant = :participant AND step = :step AND trigger_id = :trigger_id
+"""
+_CLAIM_RUN: Final = """
+SELECT state, trigger, emitted FROM {schema}.saga_step WHERE saga_id = :saga_id
+    AND participant = :participant AND step = :step AND trigger_id = :trigger_id FOR UPDATE
+"""
+_INSERT_RUN: Final = """
+INSERT INTO {schema}.saga_step
+    (saga_id, participant, step, trigger_id, state, trigger, emitted, reason)
+VALUES (:saga_id, :participant, :step, :trigger_id, :after, :trigger, :emitted, :reason)
+"""
+_RESUME_RUN: Final = """
+UPDATE {schema}.saga_step
+SET state = :after, emitted = :emitted, reason = :reason, changed_at = clock_timestamp()
+WHERE saga_id = :saga_id AND participant = :participant AND step = :step
+    AND trigger_id = :trigger_id AND state = :before
+"""
+_ADVANCE_RUN: Final = """
+UPDATE {schema}.saga_step SET state = :after, reason = :reason, changed_at = clock_timestamp()
+WHERE saga_id = :saga_id AND participant = :participant AND step = :step
+    AND trigger_id = :trigger_id AND state = :before
+"""
+_RUNS: Final = """
+SELECT step, trigger_id, state, reason FROM {schema}.saga_step
+WHERE saga_id = :saga_id AND participant = :participant ORDER BY ordinal
+"""
+_ARRIVE: Final = """
+INSERT INTO {schema}.saga_join_arrival (saga_id, participant, "join", type, event_id, body)
+VALUES (:saga_id, :participant, :join_name, :type, :event_id, :body) ON CONFLICT DO NOTHING
+"""
+_ARRIVALS: Final = """
+SELECT type, body FROM {schema}.saga_join_arrival
+WHERE saga_id = :saga_id AND participant = :participant AND "join" = :join_name
+"""
+
+
+class SqlJournal:
+    """One participant's journal in an open transaction (see `Journal`).
+
+    *session* is a SQLAlchemy `Session`; for `open` alone, whatever `outbox.publish` takes.
+    """
+
+    def __init__(self, session: Any, participant: str, schema: str = DEFAULT_SCHEMA) -> None:
+        self.session = session
+        self._participant = participant
+        self._schema = schema
+
+    def open(self, start: RunKey, definition: str, trigger: bytes) -> bool:
+        execute = executor(self.session)  # refuses autocommit before anything is written
+        saga = (start.saga_id, self._participant)
+        if not execute(in_schema(_OPEN_SAGA, self._schema), (*saga, definition), True):
+            return False
+        run = (*saga, start.step, start.trigger_id, trigger)
+        execute(in_schema(_RECORD_START, self._schema), run, False)
+        return True
+
+    def lock(self, saga_id: UUID) -> SagaRow:
+        with _busy_while_locked(f"saga {saga_id}"):
+            while True:
+                if self._execute(_INSERT_SAGA, saga_id=saga_id).scalar():
+                    return SagaRow(saga_id, SagaState.RUNNING, new=True)
+                row = self._execute(_LOCK_SAGA, saga_id=saga_id).one_or_none()
+                if row is not None:
+                    return SagaRow(saga_id, SagaState(row.state), row.stuck, row.reason)
+                # The row that stood in the way has been purged meanwhile.
+
+    def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
+        if state is not saga.state:
+            check_saga_move(saga.saga_id, saga.state, state)
+        result = self._execute(
+            _MOVE_SAGA,
+            saga_id=saga.saga_id,
+            before=saga.state,
+            after=state,
+            stuck=stuck,
+            reason=reason,
+        )
+        self._require_one(result, f"saga {saga.saga_id} does not stand at {saga.state}")
+        return SagaRow(saga.saga_id, state, stuck, reason)
+
+    def find(self, key: RunKey) -> StepState | None:
+        state = self._execute(_FIND_RUN, **_columns(key)).scalar()
+        return None if state is None else StepState(state)
+
+    def record(
+        self,
+        key: RunKey,
+        before: StepState | None,
+        after: StepState,
+        *,
+        trigger: bytes,
+        emitted: bytes | None = None,
+        reason: str | None = None,
+    ) -> None:
+        check_step_move(key, before, after)
+        values = {**_columns(key), "after": after, "emitted": emitted, "reason": reason}
+        if before is None:
+            self._execute(_INSERT_RUN, trigger=trigger, **values)
+            return
+        result = self._execute(_RESUME_RUN, before=before, **values)
+        self._require_one(result, f"{key} does not stand at {before}")
+
+    def advance(
+        self, key: RunKey, before: StepState, after: StepState, *, reason: str | None = None
+    ) -> None:
+        check_step_move(key, before, after)
+        result = self._execute(
+            _ADVANCE_RUN, **_columns(key), before=before, after=after, reason=reason
+        )
+        self._require_one(result, f"{key} does not stand at {before}")
+
+    def runs(self, saga_id: UUID) -> list[StepRow]:
+        return [
+            StepRow(RunKey(saga_id, row.step, row.trigger_id), StepState(row.state), row.reason)
+            for row in self._execute(_RUNS, saga_id=saga_id)
+        ]
+
+    def claim(self, key: RunKey) -> ClaimedRun | None:
+        with _busy_while_locked(str(key)):
+            row = self._execute(_CLAIM_RUN, **_columns(key)).one_or_none()
+        if row is None:
+            return None
+        return ClaimedRun(key, StepState(row.state), row.trigger, row.emitted)
+
+    def arrive(self, saga_id: UUID, join: str, envelope: Envelope) -> None:
+        self._execute(
+            _ARRIVE,
+            saga_id=saga_id,
+            join_name=join,
+            type=envelope.type,
+            event_id=envelope.id,
+            body=envelope.body,
+        )
+
+    def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
+        rows = self._execute(_ARRIVALS, saga_id=saga_id, join_name=join)
+        return {row.type: row.body for row in rows}
+
+    def append(self, envelope: Envelope, event_type: EventType) -> None:
+        append(self.session, envelope, event_type, schema=self._schema)
+
+    def schedule(self, handler: str, envelope: Envelope) -> None:
+        pending.schedule(self.session, self._participant, handler, envelope, schema=self._schema)
+
+    def savepoint(self) -> AbstractContextManager[Any]:
+        savepoint: AbstractContextManager[Any] = self.session.begin_nested()
+        return savepoint
+
+    def flush(self) -> None:
+        self.session.flush()
+
+    def _execute(self, template: str, **values: object) -> CursorResult[Any]:
+        result: CursorResult[Any] = self.session.execute(
+            statement(template, self._schema), {"participant": self._participant, **values}
+        )
+        return result
+
+    def _require_one(self, result: CursorResult[Any], otherwise: str) -> None:
+        if result.rowcount != 1:
+            raise IllegalTransition(otherwise)
+
+
+def _columns(key: RunKey) -> dict[str, object]:
+    return {"saga_id": key.saga_id, "step": key.step, "trigger_id": key.trigger_id}
+
+
+@contextmanager
+def _busy_while_locked(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if is_lock_timeout(error):
+            # Without the cause, which would make it look like something to try again at once.
+            raise Busy(f"{what} is being worked on by another transaction") from None
+        raise
