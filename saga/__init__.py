@@ -1,0 +1,53 @@
+"""Choreographed sagas without a coordinator: each ends completed, or undone, or stuck and says why.
+
+Names are loaded when first used, so that importing the package is quick and reads no configuration.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saga.context import CurrentSaga, current
+    from saga.declaration import Reject
+    from saga.errors import (
+        AlreadyStarted,
+        IllegalTransition,
+        NoCompensation,
+        OutsideSaga,
+        SagaDecided,
+        SagaError,
+        UndeclaredEvent,
+    )
+    from saga.participant import Participant
+
+_HOMES = {
+    "saga.context": ("CurrentSaga", "current"),
+    "saga.declaration": ("Reject",),
+    "saga.errors": (
+        "AlreadyStarted", "IllegalTransition", "NoCompensation", "OutsideSaga", "SagaDecided",
+        "SagaError", "UndeclaredEvent",
+    ),
+    "saga.participant": ("Participant",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AlreadyStarted", "CurrentSaga", "IllegalTransition", "NoCompensation", "OutsideSaga", "Participant", "Reject",
+    "SagaDecided", "SagaError", "UndeclaredEvent", "current",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME_OF[name]
+    except KeyError:
+        raise AttributeError(f"module 'saga' has no attribute {name!r}") from None
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""What every operation of one participant works with: its journal, its events and its declarations.
+
+The runtime does no I/O of its own. It runs inside the transaction of a delivery (or, for a start,
+of the caller), and reaches the database only through `Journal`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from outbox.envelope import Envelope, decode, encode
+from outbox.events import Registry
+from outbox.service import Delivery
+from outbox.statements import storable
+from saga.context import SAGA_ID
+from saga.declaration import Reaction
+from saga.errors import OutsideSaga
+from saga.journal import Journal, SagaRow, StepRow
+
+log: Final = logging.getLogger("saga")
+
+_MAX_REASON: Final = 1_000
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One participant, as its operations see it."""
+
+    participant: str
+    registry: Registry
+    reactions: Mapping[str, Reaction[..., Any]]
+    """Its declarations by name, also those made after this object."""
+    open_journal: Callable[[Any], Journal]
+    """Its journal in the transaction of the session given."""
+
+    def compensation_handler(self, step: str) -> str:
+        """Name of the handler that takes the compensations of a step."""
+        return f"{self.participant}.{step}.compensation"
+
+    def envelope(self, event: object, saga_id: UUID, caused_by: Envelope | None) -> Envelope:
+        """Make the envelope of an event that belongs to the saga."""
+        return encode(
+            self.registry.of(event),
+            event,
+            source=self.participant,
+            caused_by=caused_by,
+            correlation_id=str(saga_id),
+            extensions={SAGA_ID: str(saga_id)},
+        )
+
+    def publish(
+        self, journal: Journal, event: object, saga_id: UUID, caused_by: Envelope | None
+    ) -> Envelope:
+        """Publish an event of the saga with the journal's transaction."""
+        envelope = self.envelope(event, saga_id, caused_by)
+        journal.append(envelope, self.registry.of(event))
+        return envelope
+
+    def read(self, body: bytes) -> Any:
+        """The payload of a journaled envelope, in the class and version that the code knows now."""
+        envelope = decode(body)
+        return self.registry.read(envelope.type, envelope.version, envelope.data)
+
+
+def saga_id_of(delivery: Delivery) -> UUID:
+    """The saga that a delivery belongs to. Raises `OutsideSaga`."""
+    text = delivery.envelope.extensions.get(SAGA_ID)
+    try:
+        return UUID(str(text))
+    except ValueError:
+        raise OutsideSaga(
+            f"event {delivery.envelope.type} {delivery.envelope.id} belongs to no saga "
+            f"({SAGA_ID}: {text!r}), and {delivery.handler} is part of one: open it with "
+            "participant.start(session, event), or take the event with @participant.on(...)"
+        ) from None
+
+
+def reset_stuck(journal: Journal, saga: SagaRow, runs: list[StepRow] | None = None) -> SagaRow:
+    """Say of a locked saga that it is stuck exactly if one of its runs is."""
+    runs = journal.runs(saga.saga_id) if runs is None else runs
+    stuck = any(run.state.waits_for_a_person for run in runs)
+    if stuck == saga.stuck:
+        return saga
+    return journal.move(saga, saga.state, stuck=stuck, reason=saga.reason)
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line that PostgreSQL can store."""
+    return storable(f"{type(error).__name__}: {error}", _MAX_REASON)
+
+
+def shortened(reason: str) -> str:
+    """A reason given by the user's code, as PostgreSQL can store it."""
+    return storable(reason, _MAX_REASON)
