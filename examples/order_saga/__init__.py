@@ -1,0 +1,1 @@
+"""An order flows through five services and always ends whole."""

@@ -1,0 +1,1 @@
+"""Counts what happens, and nobody knows that it is there."""

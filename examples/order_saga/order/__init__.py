@@ -1,0 +1,1 @@
+"""Takes orders over HTTP, and confirms or cancels them."""

@@ -1,0 +1,1 @@
+"""Ships to the countries that it serves."""
