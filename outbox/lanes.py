@@ -1,9 +1,9 @@
 """Which relay reads which lane: leases in the database, with an epoch that every cursor write checks.
 
-A lease is a row `(lane, epoch, relay)`; whoever inserts the next epoch of a lane has it, and the primary key lets one of
-two win. It holds while its relay's heartbeat does, by the database's clock. A relay trusts itself only until its own
-last heartbeat *began* plus the time to live, less a margin, by its monotonic clock: what was sent after that may be sent
-by the new owner too (the inbox drops the copy), but never moves a cursor (`outbox.cursors`).
+A lease is a row `(lane, epoch, relay)`; whoever inserts the next epoch of a lane has it, and the primary key lets one
+of two win. It holds while its relay's heartbeat does, by the database's clock. A relay trusts itself only until its own
+last heartbeat *began* plus the time to live, less a margin, by its monotonic clock: what was sent after that may be
+sent by the new owner too (the inbox drops the copy), but never moves a cursor (`outbox.cursors`).
 
 Nothing rests on a session: no advisory lock, no setting; any connection of a transaction pooler will do.
 """
@@ -36,7 +36,8 @@ _FORGET_BEATS = """
 DELETE FROM {schema}.outbox_heartbeat WHERE expires_at < clock_timestamp() - interval '1 minute'
 """
 _FORGET_LEASES = """
-DELETE FROM {schema}.outbox_lease AS old USING (SELECT lane, max(epoch) AS newest FROM {schema}.outbox_lease GROUP BY lane) AS l
+DELETE FROM {schema}.outbox_lease AS old
+USING (SELECT lane, max(epoch) AS newest FROM {schema}.outbox_lease GROUP BY lane) AS l
 WHERE old.lane = l.lane AND old.epoch < l.newest - 10
 """
 _LIVE = """
@@ -55,7 +56,10 @@ _BYE = "DELETE FROM {schema}.outbox_heartbeat WHERE relay_id = %(relay)s"
 
 @dataclass
 class Leases:
-    """The lanes of one relay process. `held` maps each lane to its epoch."""
+    """The lanes of one relay process.
+
+    `held` maps each lane to its epoch; it is replaced, never changed, so that another thread can read it.
+    """
 
     connection: psycopg.Connection[Any]
     schema: str = DEFAULT_SCHEMA
@@ -86,7 +90,7 @@ class Leases:
         )
         if not self.trusted():
             # It was paused for too long: what it held may be somebody else's by now.
-            self.held.clear()
+            self.held = {}
         self._trusted_until = began + (self.time_to_live - _MARGIN).total_seconds()
         self._balance()
         if self._seq % 60 == 1:
@@ -117,11 +121,12 @@ class Leases:
     def _claim(self, lanes: list[int], holders: dict[int, tuple[int, UUID | None]]) -> None:
         epochs = [holders.get(lane, (0, None))[0] + 1 for lane in lanes]
         won = self._execute(_CLAIM, lanes=lanes, epochs=epochs, relays=[self.relay_id] * len(lanes))
-        self.held.update(won)
+        self.held = {**self.held, **dict(won)}
 
     def _give_back(self, lanes: Iterable[int]) -> None:
         given = list(lanes)
-        epochs = [self.held.pop(lane) + 1 for lane in given]
+        epochs = [self.held[lane] + 1 for lane in given]
+        self.held = {lane: epoch for lane, epoch in self.held.items() if lane not in given}
         self._execute(_CLAIM, lanes=given, epochs=epochs, relays=[None] * len(given))
 
     def _execute(self, template: str, **params: Any) -> list[tuple[Any, ...]]:

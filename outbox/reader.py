@@ -5,16 +5,16 @@ delivered it. The invariant is
 
     delivered = { position <= hi of its lane and visible in S }
 
-A page is three index ranges: *fresh* rows above `hi`, and two arms of *stragglers*, rows at or below `hi` that have been
-committed since S. Why the arms miss none: a row at or below `hi` was numbered before the statement of S ended, and a
-transaction gets its xid before its first position (the column order of `outbox_event` sees to that), so its xid was
+A page is three index ranges: *fresh* rows above `hi`, and two arms of *stragglers*, rows at or below `hi` that have
+been committed since S. Why the arms miss none: a row at or below `hi` was numbered before the statement of S ended, and
+a transaction gets its xid before its first position (the column order of `outbox_event` sees to that), so its xid was
 drawn before; as the row is not visible in S, its xid was running in S (first arm: `xip` of S) or lay at or above S's
 xmax (second arm), which is not the next xid but one past the newest *completed* one. Why nothing comes twice: a row
 visible in S has an xid in neither arm. Why nobody waits: an open transaction is one number in a list.
 
 Rows of one key come in the order of their commits: a later writer of the key got its lock only after the earlier one
-had ended, so every snapshot that shows the later shows the earlier, at a lower position; and within a lane stragglers go
-before fresh rows, each by position.
+had ended, so every snapshot that shows the later shows the earlier, at a lower position; and within a lane stragglers
+go before fresh rows, each by position.
 
 The idea of reading between two snapshots is PgQ's; it needs a ticker and bounds that one late commit can stretch. This
 form needs neither.
@@ -38,27 +38,27 @@ _FIRST_XID: Final = 3
 _FRESH = """
 SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[]) AS l (lane, hi)
 CROSS JOIN LATERAL (
-    SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body
+    SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, true AS fresh
     FROM {schema}.outbox_event AS e
     WHERE e.lane = l.lane AND e.position > l.hi
     ORDER BY e.position LIMIT %(rows)s
 ) AS f
 """
-# Lanes are picked out by the caller: a condition on `lane` would offer the planner the primary key, and with it the
-# whole history.
+# Lanes are picked out by the caller, and what is not below `hi` of its own lane: a condition on `lane` would offer the
+# planner the primary key, and with it the whole history.
 _ENDED_SINCE = """
-(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, false FROM {schema}.outbox_event AS e
 WHERE e.xid = ANY(%(running)s::text[]::xid8[]) AND e.position <= %(highest)s LIMIT %(rows)s + 1)
 """
 _BEGUN_SINCE = """
-(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, false FROM {schema}.outbox_event AS e
 WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(ceiling)s::text::xid8 AND e.position <= %(highest)s
 LIMIT %(rows)s + 1)
 """
 # One more row brings the snapshot that all the others were seen in, and how far the log is durable.
 _SEEN_IN = f"""
 SELECT {_SNAPSHOT_LANE}::smallint, (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint, NULL::uuid,
-    pg_current_snapshot()::text, NULL::text, NULL::bigint, NULL::bytea
+    pg_current_snapshot()::text, NULL::text, NULL::bigint, NULL::bytea, false
 """
 _ARMS: Final = {"fresh": _FRESH, "ended": _ENDED_SINCE, "begun": _BEGUN_SINCE}
 
@@ -164,8 +164,11 @@ class LogReader:
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
 
-    def read(self, cursor: Cursor, rows: int) -> Page:
-        """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers."""
+    def read(self, cursor: Cursor, rows: int, *, durable: bool = True) -> Page:
+        """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers.
+
+        Unless *durable* is False, everything in the page will survive a crash of the server.
+        """
         if cursor.late:
             return self._late_page(cursor, rows)
         found = self._rows(
@@ -178,17 +181,20 @@ class LogReader:
         )
         seen = Snapshot(next(row[3] for row in found if row[0] == _SNAPSHOT_LANE))
         not_durable = next(row[1] for row in found if row[0] == _SNAPSHOT_LANE)
-        events = [LoggedEvent._make(row) for row in found if row[0] in cursor.his]
-        late = sum(event.position <= cursor.his[event.lane] for event in events)
-        crowd = sum(
-            row[0] != _SNAPSHOT_LANE and row[1] <= max(cursor.his.values(), default=0)
+        events = [
+            LoggedEvent._make(row[:-1])
             for row in found
-        )
-        if late and crowd > rows:
-            return self.read(self._with_late(cursor, seen), rows)
+            if row[0] in cursor.his and (row[-1] or row[1] <= cursor.his[row[0]])
+        ]
+        stragglers = sum(not row[-1] for row in found) - 1
+        if stragglers > rows:
+            # An arm may have met its limit, with rows that are not ours: count, and go page by page.
+            crowded = self._with_late(cursor, seen)
+            if crowded.late:
+                return self._late_page(crowded, rows)
         events.sort(key=lambda event: event.position)
-        if events and not_durable > 0:
-            self._make_durable()
+        if events and not_durable > 0 and durable:
+            self.make_durable()
         his = dict(cursor.his)
         taken = dict.fromkeys(his, 0)
         for event in events:
@@ -200,8 +206,7 @@ class LogReader:
 
     def unchanged_since(self, cursor: Cursor) -> bool:
         """Whether no transaction at all has ended since *cursor* was read: then there is nothing to read."""
-        (now,) = self._rows(_ANY_SNAPSHOT)[0]
-        return now == cursor.snapshot.text
+        return bool(self._rows(_ANY_SNAPSHOT)[0][0] == cursor.snapshot.text)
 
     def _with_late(self, cursor: Cursor, until: Snapshot) -> Cursor:
         """A huge transaction has committed late: note its positions, to deliver them page by page."""
@@ -223,7 +228,7 @@ class LogReader:
             lanes=[lane for _, lane in page],
             positions=[position for position, _ in page],
         )
-        self._make_durable()
+        self.make_durable()
         events = [LoggedEvent._make(row) for row in found]
         if rest:
             return Page(events, replace(cursor, late=rest), complete=False)
@@ -237,7 +242,7 @@ class LogReader:
             "ceiling": str(cursor.ceiling),
         }
 
-    def _make_durable(self) -> None:
+    def make_durable(self) -> None:
         """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them."""
         with self._connection.transaction():
             self._connection.execute("SET LOCAL synchronous_commit = on")

@@ -65,9 +65,8 @@ class FrameEncoder:
             + bytes([self._mandatory])
         )
         method = pack(">HH", _BASIC, _PUBLISH) + arguments
-        properties = Message(
-            "", **message_properties(event_type, _ID_PLACEHOLDER)
-        )._serialize_properties()
+        content: Any = _content(**message_properties(event_type, _ID_PLACEHOLDER))
+        properties: bytes = content._serialize_properties()
         payload_size = 4 + 8 + len(properties)
         return _Template(
             method=pack(">BHI", _METHOD, self._channel_id, len(method)) + method + _END,
@@ -86,6 +85,10 @@ def message_properties(event_type: str, event_id: str) -> dict[str, Any]:
         "priority": 0,
         "correlation_id": event_id,
     }
+
+
+def _content(**properties: Any) -> Any:
+    return Message("", **properties)
 
 
 def _short_string(text: str) -> bytes:

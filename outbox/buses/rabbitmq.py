@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import unquote, urlsplit
 
 import amqp
@@ -62,7 +62,7 @@ class _Link:
         self.returned: dict[str, int] = {}
         self.blocked: str | None = None
         secure = parts.scheme == "amqps"
-        self.connection: Any = amqp.Connection(
+        connection = amqp.Connection(
             host=f"{parts.hostname or 'localhost'}:{port}",
             userid=unquote(parts.username or "guest"),
             password=unquote(parts.password or "guest"),
@@ -77,8 +77,9 @@ class _Link:
             on_blocked=self._on_blocked,
             on_unblocked=self._on_unblocked,
         )
-        self.connection.connect()
-        self.channel: Any = self.connection.channel(_CHANNEL)
+        connection.connect()
+        self.connection = cast("Any", connection)
+        self.channel = self.connection.channel(_CHANNEL)
         self.channel.confirm_select()
         self.channel.events["basic_ack"].add(self.confirms.acked)
         self.channel.events["basic_return"].add(self._on_return)

@@ -1,0 +1,372 @@
+"""The relay as it runs: everything that commits is sent, whatever dies, and lanes move to those that live."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Engine, make_url
+from sqlalchemy.orm import Session
+
+import outbox
+from outbox.buses.base import OutgoingMessage
+from outbox.buses.topology import Topology
+from outbox.cluster import adopt, check_cluster
+from outbox.cursors import CursorStore
+from outbox.envelope import decode
+from outbox.errors import BusError, ConfigurationError, LeaseLost
+from outbox.events import Registry
+from outbox.lanes import Leases
+from outbox.partitions import Partitions
+from outbox.reader import Cursor, Snapshot
+from outbox.relay import Relay, RelaySettings
+
+registry = Registry()
+
+
+@registry.event("thing.made", key="key")
+@dataclass
+class Made:
+    number: int
+    key: int
+
+
+class MemoryBus:
+    """Takes what it is given, unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.refuses = 0
+        self.changed = threading.Condition()
+
+    def declare(self, topology: Topology) -> None: ...
+
+    def send(self, batch: Sequence[OutgoingMessage]) -> _Batch:
+        if self.refuses:
+            self.refuses -= 1
+            raise BusError("not now")
+        return _Batch(self, [decode(message.body).data["number"] for message in batch])
+
+    def keep_alive(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def await_numbers(self, numbers: set[int], timeout: float = 20) -> None:
+        with self.changed:
+            done = self.changed.wait_for(lambda: numbers <= set(self.taken), timeout)
+        assert done, f"never came: {sorted(numbers - set(self.taken))[:20]}"
+
+
+@dataclass
+class _Batch:
+    bus: MemoryBus
+    numbers: list[int]
+
+    def wait(self) -> None:
+        with self.bus.changed:
+            if self.bus.refuses:
+                self.bus.refuses -= 1
+                raise BusError("no confirm")
+            self.bus.taken += self.numbers
+            self.bus.changed.notify_all()
+
+
+def conninfo(engine: Engine) -> str:
+    return make_url(engine.url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def publish(engine: Engine, *numbers: int) -> None:
+    with Session(engine) as session, session.begin():
+        outbox.publish_all(
+            session, [Made(number, number % 7) for number in numbers], registry=registry
+        )
+
+
+@contextmanager
+def running(engine: Engine, bus: MemoryBus, **settings: Any) -> Iterator[Relay]:
+    relay = Relay(engine.url, bus, settings=RelaySettings(**settings))
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    try:
+        yield relay
+    finally:
+        relay.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool], timeout: float = 15) -> None:
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        pause.wait(0.02)
+
+
+def test_what_was_committed_before_and_after_the_start_is_sent_once_and_in_order_per_key(
+    migrated_engine: Engine,
+) -> None:
+    bus = MemoryBus()
+    publish(migrated_engine, *range(100))
+    with running(migrated_engine, bus):
+        bus.await_numbers(set(range(100)))
+        for number in range(100, 130):
+            publish(migrated_engine, number)
+        bus.await_numbers(set(range(130)))
+    assert sorted(bus.taken) == list(range(130))
+    for key in range(7):
+        of_key = [number for number in bus.taken if number % 7 == key]
+        assert of_key == sorted(of_key)
+
+
+def test_a_relay_that_starts_again_goes_on_where_the_last_one_stopped(
+    migrated_engine: Engine,
+) -> None:
+    first, second = MemoryBus(), MemoryBus()
+    publish(migrated_engine, *range(50))
+    with running(migrated_engine, first):
+        first.await_numbers(set(range(50)))
+    publish(migrated_engine, *range(50, 60))
+    with running(migrated_engine, second):
+        second.await_numbers(set(range(50, 60)))
+    assert sorted(second.taken) == list(range(50, 60))
+
+
+def test_a_transaction_held_open_delays_nobody_and_is_not_skipped(migrated_engine: Engine) -> None:
+    bus = MemoryBus()
+    slow = Session(migrated_engine)
+    savepoint = slow.begin_nested()
+    outbox.publish(slow, Made(0, 0), registry=registry)
+    savepoint.commit()
+    with running(migrated_engine, bus):
+        publish(migrated_engine, 1)
+        bus.await_numbers({1})
+        publish(migrated_engine, 2)
+        bus.await_numbers({2})
+        slow.commit()
+        bus.await_numbers({0})
+    slow.close()
+    assert bus.taken == [1, 2, 0]
+
+
+def test_a_broker_that_refuses_gets_everything_again(migrated_engine: Engine) -> None:
+    bus = MemoryBus()
+    bus.refuses = 4
+    publish(migrated_engine, *range(40))
+    with running(migrated_engine, bus) as relay:
+        bus.await_numbers(set(range(40)))
+        assert relay.stats.failures == 4
+    assert sorted(bus.taken) == list(range(40))
+
+
+def test_a_huge_transaction_that_commits_late_is_sent_page_by_page(migrated_engine: Engine) -> None:
+    bus = MemoryBus()
+    late = Session(migrated_engine)
+    with late.begin_nested():
+        outbox.publish_all(
+            late, [Made(number, number) for number in range(3000)], registry=registry
+        )
+    with running(migrated_engine, bus, page_rows=64):
+        publish(migrated_engine, *range(3000, 3100))
+        bus.await_numbers(set(range(3000, 3100)))
+        late.commit()
+        bus.await_numbers(set(range(3000)))
+        publish(migrated_engine, 3100)
+        bus.await_numbers({3100})
+    late.close()
+    assert sorted(bus.taken) == list(range(3101))
+
+
+def test_two_relays_share_the_lanes_and_nothing_is_sent_twice_once_they_have(
+    migrated_engine: Engine,
+) -> None:
+    one, two = MemoryBus(), MemoryBus()
+    with running(migrated_engine, one) as first, running(migrated_engine, two) as second:
+        until(lambda: len(first._held()) == 8 and len(second._held()) == 8)
+        publish(migrated_engine, *range(200))
+        until(lambda: len(one.taken) + len(two.taken) >= 200)
+        assert sorted(one.taken + two.taken) == list(range(200))
+        assert one.taken
+        assert two.taken
+
+
+def test_lanes_of_a_relay_that_ended_are_taken_at_once(migrated_engine: Engine) -> None:
+    bus = MemoryBus()
+    with running(migrated_engine, bus) as survivor:
+        with running(migrated_engine, MemoryBus()):
+            until(lambda: len(survivor._held()) == 8)
+        until(lambda: len(survivor._held()) == 16)
+        publish(migrated_engine, *range(20))
+        bus.await_numbers(set(range(20)))
+
+
+PROCESS = """
+import sys
+sys.path[:0] = [{root!r}]
+from tests.integration.test_relay import FileBus
+from outbox.relay import Relay
+Relay({url!r}, FileBus({path!r})).run()
+"""
+
+
+class FileBus(MemoryBus):
+    """Writes what it takes to a file, for a relay in a process of its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def send(self, batch: Sequence[OutgoingMessage]) -> Any:
+        with open(self.path, "a") as file:
+            for message in batch:
+                file.write(f"{decode(message.body).data['number']}\n")
+        return _Batch(self, [])
+
+
+def spawn(engine: Engine, path: Path, crash_at: str = "") -> subprocess.Popen[bytes]:
+    url = engine.url.render_as_string(hide_password=False)
+    code = PROCESS.format(root=str(Path(__file__).parents[2]), url=url, path=str(path))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OUTBOX_TEST": "1", "OUTBOX_CRASH_AT": crash_at},
+    )
+
+
+def numbers(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.mark.parametrize("point", ["relay.read", "relay.sent", "relay.confirmed", "relay.stored"])
+def test_a_relay_killed_at_any_point_loses_nothing(
+    migrated_engine: Engine, tmp_path: Path, point: str
+) -> None:
+    publish(migrated_engine, *range(40))
+    path = tmp_path / "sent"
+    assert spawn(migrated_engine, path, f"{point}:1").wait(30) == -signal.SIGKILL
+    publish(migrated_engine, *range(40, 50))
+    bus = MemoryBus()
+    with running(migrated_engine, bus):
+        until(lambda: set(numbers(path)) | set(bus.taken) == set(range(50)))
+    if point == "relay.stored":
+        assert not set(numbers(path)) & set(bus.taken)
+
+
+def test_lanes_of_a_killed_relay_are_taken_over_within_five_seconds(
+    migrated_engine: Engine, tmp_path: Path
+) -> None:
+    bus = MemoryBus()
+    victim = spawn(migrated_engine, tmp_path / "sent")
+    try:
+        with running(migrated_engine, bus) as survivor:
+            until(lambda: len(survivor._held()) == 8)
+            victim.kill()
+            began = time.monotonic()
+            publish(migrated_engine, *range(40))
+            until(lambda: set(numbers(tmp_path / "sent")) | set(bus.taken) == set(range(40)))
+            assert time.monotonic() - began < 5
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_a_relay_that_was_paused_cannot_move_a_cursor_that_is_no_longer_its_own(
+    migrated_engine: Engine,
+) -> None:
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        paused, other = Leases(connection), Leases(connection)
+        paused.beat()
+        held = dict(paused.held)
+        assert len(held) == 16
+        connection.execute(
+            "UPDATE outbox.outbox_heartbeat SET expires_at = now() - interval '1 second'"
+        )
+        other.beat()
+        assert len(other.held) == 16
+        snapshot = Snapshot("100:100:")
+        CursorStore(connection).store(Cursor({3: 50}, snapshot), other.held)
+        with pytest.raises(LeaseLost):
+            CursorStore(connection).store(Cursor({3: 7}, snapshot), held)
+        # Even a row that slips in beside the fence is older than any of the new epoch.
+        connection.execute(
+            "INSERT INTO outbox.outbox_cursor (slot, lane, epoch, seq, hi, snapshot) VALUES (0, 3, %s, 999, 7, '100:100:')",
+            (held[3],),
+        )
+        assert CursorStore(connection).load([3])[0].his == {3: 50}
+
+
+def test_stored_cursors_move_between_tables_that_are_emptied_in_turn(
+    migrated_engine: Engine,
+) -> None:
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        leases = Leases(connection)
+        leases.beat()
+        store = CursorStore(connection)
+        for position in range(1, 400):
+            store.store(Cursor({0: position, 1: position}, Snapshot("100:100:")), leases.held)
+            store.rotate(when_over=20)
+        (rows,) = connection.execute("SELECT count(*) FROM outbox.outbox_cursor").fetchone() or (0,)
+        assert rows < 100
+        assert CursorStore(connection).load([0, 1])[0].his == {0: 399, 1: 399}
+
+
+def test_partitions_are_made_ahead_and_dropped_when_every_cursor_has_passed(
+    migrated_engine: Engine,
+) -> None:
+    from datetime import timedelta
+
+    bus = MemoryBus()
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        partitions = Partitions(connection, size=1_000_000, retention=timedelta(0))
+        connection.execute("SELECT setval('outbox.outbox_event_position', 999990)")
+        publish(migrated_engine, *range(20))
+        connection.execute("SELECT setval('outbox.outbox_event_position', 2500000)")
+        partitions.maintain()
+        assert 2_500_000 < max(upper for _, upper in partitions._bounds().values())
+        publish(migrated_engine, *range(20, 200))
+        with running(migrated_engine, bus):
+            bus.await_numbers(set(range(200)))
+        assert "outbox_event_p000000000000" in partitions._bounds()
+        partitions.maintain()
+        assert "outbox_event_p000000000000" not in partitions._bounds()
+        publish(migrated_engine, 200)
+
+
+def test_a_log_restored_into_another_cluster_stops_the_relay_and_can_be_adopted(
+    migrated_engine: Engine,
+) -> None:
+    first, second = MemoryBus(), MemoryBus()
+    publish(migrated_engine, *range(30))
+    with running(migrated_engine, first):
+        first.await_numbers(set(range(30)))
+    publish(migrated_engine, *range(30, 40))
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        # As after a restore: another cluster, and xids that are ahead of its counter.
+        connection.execute("UPDATE outbox.outbox_cluster SET system_identifier = 1")
+        connection.execute(
+            "UPDATE outbox.outbox_event SET xid = (xid::text::bigint + 1000000)::text::xid8"
+        )
+        connection.execute(
+            "UPDATE outbox.outbox_cursor SET snapshot = format('%s:%s:', x + 1000000, x + 1000000)::pg_snapshot, "
+            "ceil = (ceil::text::bigint + 1000000)::text::xid8 FROM (SELECT pg_snapshot_xmax(snapshot)::text::bigint AS x, "
+            "ctid AS id FROM outbox.outbox_cursor) AS c WHERE c.id = outbox_cursor.ctid"
+        )
+        with pytest.raises(ConfigurationError, match="adopt-cluster"):
+            Relay(migrated_engine.url, MemoryBus()).run()
+        adopt(connection)
+        check_cluster(connection)
+    with running(migrated_engine, second):
+        second.await_numbers(set(range(30, 40)))
+        publish(migrated_engine, 40)
+        second.await_numbers({40})
+    assert sorted(second.taken) == list(range(30, 41))
