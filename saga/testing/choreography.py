@@ -1,0 +1,123 @@
+"""A whole choreography in one process, without a broker: the test itself decides what arrives when.
+
+    play = Choreography({order: order_engine, inventory: inventory_engine})
+    with Session(order_engine) as session, session.begin():
+        order.start(session, OrderCreated(...))
+    play.settle()
+
+Participants, receiving, journal and databases are the real ones. What the relay and the broker
+would do is done here: an event of any log becomes one message for each service that is bound to it,
+and work that a service owes itself becomes a message to the handler that it is owed to. A message
+stays known after its delivery, so it can be delivered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from outbox import pending
+from outbox.receive import Receipt, Receiver, ReceiveSettings
+from outbox.service import Service
+from outbox.statements import statement
+
+_END_OF_LOG = "SELECT COALESCE(max(position), 0) FROM {schema}.outbox_event"
+# By event id as well as by position: a transaction that began early may commit late.
+_NEW_EVENTS = """
+SELECT position, event_id, type, body FROM {schema}.outbox_event
+WHERE position > :end ORDER BY position
+"""
+
+Choose = Callable[[Sequence["Message"]], "Message"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One event on its way to one service, or (with *handler*) work that it owes to one handler."""
+
+    service: str
+    type: str
+    event_id: UUID
+    body: bytes
+    handler: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.type} to {self.handler or self.service}"
+
+
+class Choreography:
+    """The services of a choreography with their databases, which they may share."""
+
+    def __init__(
+        self,
+        services: Mapping[Service, Engine],
+        *,
+        settings: ReceiveSettings | None = None,
+        from_the_beginning: bool = False,
+    ) -> None:
+        """Events that are in the logs already are left alone, unless *from_the_beginning*."""
+        self.services = dict(services)
+        self.receivers = {
+            service.name: Receiver(service, engine, settings)
+            for service, engine in services.items()
+        }
+        self.waiting: list[Message] = []
+        """Messages that have not been delivered yet, oldest first."""
+        self.delivered: list[Message] = []
+        self._seen: set[UUID] = set()
+        self._ends = {log: 0 if from_the_beginning else self._end_of(*log) for log in self._logs()}
+
+    def collect(self) -> Sequence[Message]:
+        """Do what relays and sweepers do; returns all that waits. What is owed counts as due."""
+        for (engine, schema), end in self._ends.items():
+            with Session(engine) as session:
+                for row in session.execute(statement(_NEW_EVENTS, schema), {"end": end}):
+                    self._route(row.type, row.event_id, bytes(row.body))
+        for service, engine in self.services.items():
+            with Session(engine) as session:
+                self._owe(service, session)
+        return self.waiting
+
+    def deliver(self, message: Message) -> Receipt:
+        """Deliver *message*, whether for the first time or again."""
+        if message in self.waiting:
+            self.waiting.remove(message)
+        if message.handler is None:
+            self.delivered.append(message)
+        return self.receivers[message.service].receive(message.body, handler=message.handler)
+
+    def settle(self, choose: Choose = lambda waiting: waiting[0], *, limit: int = 10_000) -> int:
+        """Deliver until nothing waits any more; *choose* says what is next. Returns how many.
+
+        Raises `RuntimeError` after *limit* deliveries.
+        """
+        for count in range(limit):
+            if not self.collect():
+                return count
+            self.deliver(choose(self.waiting))
+        raise RuntimeError(f"nothing has settled after {limit} deliveries: {self.waiting[:5]}")
+
+    def _route(self, type: str, event_id: UUID, body: bytes) -> None:
+        if event_id in self._seen:
+            return
+        self._seen.add(event_id)
+        for service in self.services:
+            if type in service.bindings:
+                self.waiting.append(Message(service.name, type, event_id, body))
+
+    def _owe(self, service: Service, session: Session) -> None:
+        for owed in pending.list_pending(session, service=service.name, schema=service.schema):
+            message = Message(service.name, owed.type, owed.event_id, owed.body, owed.handler)
+            if message not in self.waiting:
+                self.waiting.append(message)
+
+    def _logs(self) -> set[tuple[Engine, str]]:
+        return {(engine, service.schema) for service, engine in self.services.items()}
+
+    def _end_of(self, engine: Engine, schema: str) -> int:
+        with Session(engine) as session:
+            return int(session.execute(statement(_END_OF_LOG, schema)).scalar_one())
