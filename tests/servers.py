@@ -30,6 +30,7 @@ from tests.local_servers import (
     LocalRabbitMQ,
     LocalRedis,
     LocalServer,
+    ServerFailed,
     await_condition,
 )
 
@@ -106,7 +107,8 @@ class Room:
         for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
             owner = left.name.removeprefix(PREFIX).split("-")[0]
             if owner.isdigit() and not psutil.pid_exists(int(owner)):
-                cls(left).close()
+                with contextlib.suppress(ServerFailed):
+                    cls(left).close()
         path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         path.chmod(0o755)  # servers that will not run as root live in it too
         return cls(path)
@@ -164,7 +166,7 @@ class Room:
 
     def _end_processes(self) -> None:
         for process in self._processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 process.resume()
                 # PostgreSQL's immediate shutdown: it gives its shared memory back
                 is_postgres = process.name() == "postgres"
