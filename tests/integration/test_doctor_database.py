@@ -14,8 +14,8 @@ from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 import outbox.schema
 import saga.schema
 from outbox.cli import main
-from outbox.doctor import Finding, Level, database, examine_database, worst
-from outbox.doctor.database import Patient
+from outbox.doctor import Finding, Level, database, examine_database, server, worst
+from outbox.doctor.patient import Patient
 from outbox.schema import Component
 from tests.debian_postgres import DebianPostgres
 from tests.servers import Room
@@ -52,7 +52,8 @@ def run(engine: Engine, sql: str, **values: Any) -> None:
 def test_a_healthy_database_passes_every_check(healthy: Engine) -> None:
     findings = examine(healthy)
     assert set(findings) == {"database reachable", *(name for name, _ in database.CHECKS)}
-    assert {each.check: each.found for each in findings.values() if each.level > Level.OK} == {}
+    ill = {each.check: each.found for each in findings.values() if each.level > Level.OK}
+    assert ill.keys() <= {"encryption"}, "a test server in a container is behind a network"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,7 @@ def test_an_illness_of_the_tables_is_found(
     [
         ("synchronous_commit", "synchronous_commit = off", Level.WARN),
         ("writable", "default_transaction_read_only = on", Level.FAIL),
+        ("isolation", "default_transaction_isolation = 'repeatable read'", Level.WARN),
         ("timeouts", "statement_timeout = '900ms'", Level.WARN),
         ("timeouts", "idle_in_transaction_session_timeout = 0", Level.WARN),
     ],
@@ -125,7 +127,7 @@ def test_the_cluster_that_the_relay_adopted_is_recognised(healthy: Engine) -> No
 def test_a_long_transaction_is_named_with_its_process(
     healthy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LONG_TRANSACTION", timedelta(0))
+    monkeypatch.setattr(server, "LONG_TRANSACTION", timedelta(0))
     with healthy.connect() as slow, slow.begin():
         pid = slow.scalar(text("SELECT pg_backend_pid()"))
         finding = found(healthy, "long transactions")
@@ -137,7 +139,7 @@ def test_a_long_transaction_is_named_with_its_process(
 def test_a_transaction_in_another_database_is_not_our_matter(
     healthy: Engine, make_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LONG_TRANSACTION", timedelta(0))
+    monkeypatch.setattr(server, "LONG_TRANSACTION", timedelta(0))
     elsewhere = create_engine(make_database(), poolclass=NullPool)
     with elsewhere.connect() as slow, slow.begin():
         slow.execute(text("SELECT 1"))
@@ -197,15 +199,15 @@ def careless(room: Room) -> Iterator[Engine]:
     """A migrated database on a server that may forget everything at a crash."""
     if DebianPostgres.programs() is None:
         pytest.skip("no server: Debian's postgresql is not installed")
-    server = DebianPostgres(room.private_directory())
-    server.settings |= {"full_page_writes": "off", "max_prepared_transactions": "2"}
-    server.start()
-    engine = create_engine(server.url, poolclass=NullPool)
+    postgres = DebianPostgres(room.private_directory())
+    postgres.settings |= {"full_page_writes": "off", "max_prepared_transactions": "2"}
+    postgres.start()
+    engine = create_engine(postgres.url, poolclass=NullPool)
     for component in COMPONENTS:
         component.upgrade_engine(engine)
     yield engine
     engine.dispose()
-    server.discard()
+    postgres.discard()
 
 
 def test_a_careless_server_and_a_forgotten_prepared_transaction_are_found(
@@ -219,7 +221,7 @@ def test_a_careless_server_and_a_forgotten_prepared_transaction_are_found(
         for sql in ("BEGIN", "CREATE TABLE t (id int)", "PREPARE TRANSACTION 'forgotten'"):
             connection.execute(text(sql))
     assert found(careless, "prepared transactions").level is Level.OK
-    monkeypatch.setattr(database, "FORGOTTEN_PREPARED_TRANSACTION", timedelta(0))
+    monkeypatch.setattr(server, "FORGOTTEN_PREPARED_TRANSACTION", timedelta(0))
     finding = found(careless, "prepared transactions")
     assert finding.level is Level.FAIL
     assert "ROLLBACK PREPARED" in finding.fix
@@ -244,11 +246,14 @@ class Told(Patient):
         answer = next(self.answers)
         return answer() if callable(answer) else answer
 
+    def rows(self, sql: str, **values: Any) -> list[Any]:
+        return [self.one(sql)]
+
 
 def test_a_pooler_is_seen_by_the_process_that_answers() -> None:
-    assert "no pooler" in database.pooler(Told(*[7] * 5, backend_pid=7))[1]
-    assert "transaction mode" in database.pooler(Told(7, 8, 7, 9, 8, backend_pid=7))[1]
-    assert "a pooler: in session mode" in database.pooler(Told(*[8] * 5, backend_pid=7))[1]
+    assert "no pooler" in server.pooler(Told(*[7] * 5, backend_pid=7))[1]
+    assert "transaction mode" in server.pooler(Told(7, 8, 7, 9, 8, backend_pid=7))[1]
+    assert "a pooler: in session mode" in server.pooler(Told(*[8] * 5, backend_pid=7))[1]
 
 
 @pytest.mark.parametrize(
@@ -258,14 +263,24 @@ def test_a_clock_that_differs_is_found_in_either_direction(skew: int, level: Lev
     def clock() -> datetime:
         return datetime.now(UTC) + timedelta(seconds=skew)
 
-    assert database.clock_skew(Told(clock, clock, clock))[0] is level
+    assert server.clock_skew(Told(clock, clock, clock))[0] is level
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "local", "level"),
+    [(True, False, Level.OK), (False, True, Level.OK), (False, False, Level.WARN)],
+)
+def test_a_connection_in_the_clear_over_a_network_is_found(
+    encrypted: bool, local: bool, level: Level
+) -> None:
+    assert server.encryption(Told((encrypted, local)))[0] is level
 
 
 @pytest.mark.parametrize(
     ("number", "level"), [("130020", Level.FAIL), ("140000", Level.OK), ("180004", Level.OK)]
 )
 def test_servers_before_14_are_refused(number: str, level: Level) -> None:
-    assert database.server_version(Told(number, "x"))[0] is level
+    assert server.server_version(Told(number, "x"))[0] is level
 
 
 # ---- the command ----
@@ -280,7 +295,8 @@ def test_the_command_prints_each_check_with_its_fix_and_exits_1(
     assert result.exit_code == 1
     assert "FAIL  unlogged tables" in result.stdout
     assert "ALTER TABLE outbox.quarantine SET LOGGED" in result.stdout
-    assert "17 checks: 16 ok, 0 to look at, 1 failed" in result.stdout
+    assert "19 checks: " in result.stdout
+    assert " 1 failed" in result.stdout
 
 
 def test_warnings_exit_0_unless_strict(healthy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,8 +304,8 @@ def test_warnings_exit_0_unless_strict(healthy: Engine, monkeypatch: pytest.Monk
     alter_database(healthy, "synchronous_commit = off")
     document = json.loads(doctor(healthy, "--json").stdout)
     assert document["verdict"] == "WARN"
-    assert {each["check"] for each in document["findings"] if each["level"] == "WARN"} == {
-        "synchronous_commit"
+    assert "synchronous_commit" in {
+        each["check"] for each in document["findings"] if each["level"] == "WARN"
     }
     assert doctor(healthy).exit_code == 0
     assert doctor(healthy, "--strict").exit_code == 1
