@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from outbox.service import Delivery
 from saga.control import SagaAborted, SagaCompleted, SagaStuck
 from saga.journal import Journal, RunKey, SagaRow, SagaState, StepState
-from saga.runtime import Runtime, described, log, reset_stuck, saga_id_of
+from saga.runtime import Runtime, described, known_saga_id_of, log, reset_stuck
 from saga.unwinding import unwind
 
 
@@ -53,8 +53,11 @@ def park_decision(
     runtime: Runtime, delivery: Delivery, session: Session, error: BaseException
 ) -> None:
     """A decision could not be noted, in all its attempts: show the saga as stuck."""
+    saga_id = known_saga_id_of(delivery)
+    if saga_id is None:
+        return
     journal = runtime.open_journal(session)
-    saga = journal.lock(saga_id_of(delivery))
+    saga = journal.lock(saga_id)
     _record_stuck(runtime, journal, saga, delivery, described(error), type(error).__name__)
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from outbox.service import Delivery
 from saga.declaration import Join
 from saga.journal import RunKey, SagaState, StepState
-from saga.runtime import Runtime, log, saga_id_of
+from saga.runtime import Runtime, known_saga_id_of, log, saga_id_of
 from saga.step import Run, park, perform, skip
 
 
@@ -52,8 +52,11 @@ def park_join(
     error: BaseException,
 ) -> None:
     """A join's attempts are used up. The arrival is kept, so that it shows what the join has."""
+    saga_id = known_saga_id_of(delivery)
+    if saga_id is None:
+        return
     journal = runtime.open_journal(session)
-    key = join_key(join.name, saga_id_of(delivery))
+    key = join_key(join.name, saga_id)
     park(runtime, journal, join, key, delivery.envelope, error)
     journal.arrive(key.saga_id, join.name, delivery.envelope)
 

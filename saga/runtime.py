@@ -68,15 +68,22 @@ class Runtime:
 
 def saga_id_of(delivery: Delivery) -> UUID:
     """The saga that a delivery belongs to. Raises `OutsideSaga`."""
-    text = delivery.envelope.extensions.get(SAGA_ID)
-    try:
-        return UUID(str(text))
-    except ValueError:
+    saga_id = known_saga_id_of(delivery)
+    if saga_id is None:
         raise OutsideSaga(
-            f"event {delivery.envelope.type} {delivery.envelope.id} belongs to no saga "
-            f"({SAGA_ID}: {text!r}), and {delivery.handler} is part of one: open it with "
-            "participant.start(session, event), or take the event with @participant.on(...)"
-        ) from None
+            f"event {delivery.envelope.type} {delivery.envelope.id} belongs to no saga, and "
+            f"{delivery.handler} is part of one: open it with participant.start(session, event), "
+            "or take the event with @participant.on(...)"
+        )
+    return saga_id
+
+
+def known_saga_id_of(delivery: Delivery) -> UUID | None:
+    """The saga that a delivery belongs to; None where it names none, or names it unreadably."""
+    try:
+        return UUID(str(delivery.envelope.extensions.get(SAGA_ID)))
+    except ValueError:
+        return None
 
 
 def reset_stuck(journal: Journal, saga: SagaRow, runs: list[StepRow] | None = None) -> SagaRow:

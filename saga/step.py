@@ -29,7 +29,15 @@ from saga.control import SagaAborted, SagaCompleted, SagaStuck
 from saga.declaration import Reaction, Reject, Step
 from saga.errors import SagaDecided
 from saga.journal import Journal, RunKey, SagaRow, SagaState, StepState
-from saga.runtime import Runtime, described, log, reset_stuck, saga_id_of, shortened
+from saga.runtime import (
+    Runtime,
+    described,
+    known_saga_id_of,
+    log,
+    reset_stuck,
+    saga_id_of,
+    shortened,
+)
 from saga.unwinding import unwind
 
 
@@ -150,7 +158,10 @@ def park_step(
 ) -> None:
     """A step's attempts are used up."""
     trigger = delivery.envelope
-    key = RunKey(saga_id_of(delivery), step.name, trigger.id)
+    saga_id = known_saga_id_of(delivery)
+    if saga_id is None:
+        return
+    key = RunKey(saga_id, step.name, trigger.id)
     park(runtime, runtime.open_journal(session), step, key, trigger, error)
 
 
