@@ -1,4 +1,4 @@
-"""Simulated processes: greenlets that stop at every statement, commit and message, where the scheduler picks who goes on.
+"""Simulated processes: greenlets that stop at every statement, commit and message, for the scheduler to pick who goes on.
 
 A process that is killed runs nothing any more: its connections are gone (the server rolls back) and whatever its code
 still tries, in an `except` or a `finally`, meets that.
@@ -42,7 +42,7 @@ class Process:
             run()
         except GreenletExit:
             pass
-        except BaseException as error:  # noqa: BLE001 - the scheduler tells the test
+        except BaseException as error:
             self.error = error
 
     @property

@@ -18,10 +18,10 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import pending
-from outbox.envelope import decode
 from outbox.receive import Receiver
 from outbox.service import Service
 from saga.testing.model import ModelDatabase
+from saga.testing.model.driver import engine_on
 from saga.testing.processes import Hub
 
 if TYPE_CHECKING:
@@ -64,15 +64,19 @@ class SimulatedService:
     workers: int = 2
 
     template: ModelDatabase = field(init=False, repr=False)
+    current: ModelDatabase = field(init=False, repr=False)
+    """The database of the run that is under way: the engine outlives it, with all the SQL that it has compiled."""
+    engine: Engine = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.template = ModelDatabase(self.service.name, clock=lambda: BEGINNING)
         self.template.define(*_migrations(self.service.schema))
-        engine = self.template.engine()
+        self.current = self.template
+        self.engine = engine_on(lambda: self.current.connect())
         if self.create is not None:
-            self.create(engine)
+            self.create(self.engine)
         if self.fill is not None:
-            with Session(engine) as session, session.begin():
+            with Session(self.engine) as session, session.begin():
                 self.fill(session)
 
 
@@ -87,7 +91,8 @@ class Node:
         self.database = ModelDatabase(self.name, clock=lambda: world.now)
         self.database.storage.copy_from(simulated.template.storage)
         world.hub.attach(self.database)
-        self.engine = self.database.engine()
+        simulated.current = self.database
+        self.engine = simulated.engine
         self.queue: list[Message] = []
         self.sent: set[int] = set()
         """Positions that the relay's cursor has passed."""

@@ -49,6 +49,11 @@ def _parse(sql: str) -> exp.Expression:
     return normalize_identifiers(parsed, dialect="postgres")
 
 
+def engine_on(connect: Callable[[], Connection]) -> Engine:
+    """A SQLAlchemy engine whose connections *connect* makes; it keeps what it has compiled from one to the next."""
+    return create_engine("postgresql+model://", creator=connect, poolclass=NullPool, module=_dbapi)
+
+
 class ModelDatabase:
     """One service's database. `engine` runs SQLAlchemy on it; `on_step` and `wait` belong to the scheduler."""
 
@@ -72,13 +77,7 @@ class ModelDatabase:
 
     def engine(self) -> Engine:
         """A SQLAlchemy engine on this database, without a pool: a connection is an object."""
-        return create_engine(
-            "postgresql+model://",
-            creator=self.connect,
-            poolclass=NullPool,
-            module=_dbapi,
-            connect_args={},
-        )
+        return engine_on(self.connect)
 
     def define(self, *statements: str) -> None:
         """Run statements of data definition, as a migration would."""

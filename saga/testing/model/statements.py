@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from psycopg import errors
@@ -53,18 +52,25 @@ def execute(node: exp.Expression, env: Environment) -> Result:
     )
 
 
-@lru_cache(maxsize=4096)
-def _compiled_by_id(key: int) -> Compiled:
-    return compile_expression(_NODES[key])
-
-
-_NODES: dict[int, exp.Expression] = {}
+_COMPILED: dict[int, Compiled] = {}
+_GROUPED: dict[int, bool] = {}
+_NAMES: dict[int, list[str]] = {}
+# Parsed statements are kept for ever by the driver's cache, so a node's identity is stable.
 
 
 def _compiled(node: exp.Expression) -> Compiled:
-    # Parsed statements are kept for ever by the driver's cache, so a node's identity is stable.
-    _NODES.setdefault(id(node), node)
-    return _compiled_by_id(id(node))
+    found = _COMPILED.get(id(node))
+    if found is None:
+        found = _COMPILED[id(node)] = compile_expression(node)
+    return found
+
+
+def _is_grouped(node: exp.Select) -> bool:
+    found = _GROUPED.get(id(node))
+    if found is None:
+        aggregates = any(item.find(exp.AggFunc) is not None for item in node.expressions)
+        found = _GROUPED[id(node)] = aggregates or node.args.get("group") is not None
+    return found
 
 
 def _table(env: Environment, node: exp.Table) -> Table:
@@ -161,10 +167,7 @@ def select(node: exp.Expression, env: Environment) -> Result:
         return execute(node, env)
     fits = _fits(node, env)
     found = [one for one in _from(node, env) if fits(one[0])]
-    grouped = node.args.get("group") is not None or any(
-        item.find(exp.AggFunc) is not None for item in node.expressions
-    )
-    if grouped:
+    if _is_grouped(node):
         return _grouped(node, env, [scope for scope, _ in found])
     found = _ordered(node, env, found)
     locks = node.args.get("locks")
@@ -223,7 +226,10 @@ def _locked(
 
 
 def _names(node: exp.Select | exp.Returning) -> list[str]:
-    return [item.alias_or_name or item.key for item in node.expressions]
+    found = _NAMES.get(id(node))
+    if found is None:
+        found = _NAMES[id(node)] = [item.alias_or_name or item.key for item in node.expressions]
+    return found
 
 
 def _projected(node: Any, env: Environment, scopes: list[Environment]) -> Result:

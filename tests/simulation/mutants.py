@@ -1,0 +1,231 @@
+"""The runtime with one thing taken away at a time: each must be found by the simulation.
+
+A mutant is a context manager that breaks the real code for as long as it is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from sqlalchemy.orm import Session
+
+import saga.decisions
+import saga.join
+import saga.step
+import saga.store
+import saga.unwinding
+from examples.order_saga.inventory.service import inventory
+from examples.order_saga.order.service import order
+from examples.order_saga.shipping.service import shipping
+from examples.order_saga.users.service import users
+from outbox import attempt, inbox
+from outbox.inbox import Arrival
+from outbox.transactions import DeliverySession
+from saga.join import join_key
+from saga.journal import RunKey
+from saga.runtime import saga_id_of
+from saga.step import Run, perform
+from saga.store import SqlJournal
+from saga.testing.world import Message, Node
+
+Mutant = Callable[[], AbstractContextManager[Any]]
+PARTICIPANTS = (order, inventory, users, shipping)
+
+
+@contextmanager
+def tombstone_dropped() -> Iterator[None]:
+    """An abort that comes first leaves nothing behind, so the late step runs."""
+    real = saga.unwinding.unwind
+
+    def unwind(runtime: Any, journal: Any, row: Any, **options: Any) -> None:
+        if row.new:
+            table = saga.store.statement(
+                "DELETE FROM {schema}.saga WHERE saga_id = :id AND participant = :name", "outbox"
+            )
+            journal.session.execute(table, {"id": row.saga_id, "name": runtime.participant})
+        else:
+            real(runtime, journal, row, **options)
+
+    with patch.object(saga.decisions, "unwind", unwind):
+        yield
+
+
+@contextmanager
+def inbox_check_skipped() -> Iterator[None]:
+    """Every delivery counts as the first."""
+
+    def first_delivery(session: Session, event_id: Any, *_: Any, **__: Any) -> Arrival:
+        return Arrival.FIRST
+
+    with (
+        patch.object(inbox, "first_delivery", first_delivery),
+        patch.object(inbox, "earlier_delivery", lambda *_, **__: None),
+    ):
+        yield
+
+
+@contextmanager
+def inbox_in_its_own_transaction() -> Iterator[None]:
+    """The delivery is recorded and committed before the handler runs."""
+    real = attempt._enter
+
+    def enter(session: Any, work: Any) -> Arrival:
+        arrival = real(session, work)
+        session.commit_delivery()
+        return arrival
+
+    with patch.object(attempt, "_enter", enter):
+        yield
+
+
+def _with_handler(name_part: str, run: Callable[..., None]) -> AbstractContextManager[Any]:
+    """Replace what the handlers run whose `run` is a `partial` of the function of that name."""
+    stack = ExitStack()
+    for participant in PARTICIPANTS:
+        for name, handler in list(participant._handlers.items()):
+            function = handler.run
+            if isinstance(function, partial) and function.func.__name__ == name_part:
+                mutated = replace(handler, run=partial(run, *function.args))
+                stack.enter_context(patch.dict(participant._handlers, {name: mutated}))
+    return stack
+
+
+def join_counted_twice() -> AbstractContextManager[Any]:
+    """The join fires for every event that comes once all are there, and again for duplicates."""
+
+    def run_join(runtime: Any, join: Any, delivery: Any, session: Any) -> None:
+        journal = runtime.open_journal(session)
+        key = RunKey(saga_id_of(delivery), join.name, delivery.envelope.id)
+        row = journal.lock(key.saga_id)
+        before = journal.arrivals(key.saga_id, join.name)
+        journal.arrive(key.saga_id, join.name, delivery.envelope)
+        arrived = journal.arrivals(key.saga_id, join.name)
+        if row.state.aborted or len(before) < len(join.on) - 1 or len(arrived) < len(join.on):
+            return
+        arguments = tuple(runtime.read(arrived[event_type.name]) for event_type in join.on)
+        perform(runtime, journal, join, Run(row, key, None, delivery.envelope, arguments))
+
+    stack = ExitStack()
+    stack.enter_context(_with_handler("run_join", run_join))
+    # With the inbox at work a duplicate never gets as far as the join.
+    stack.enter_context(inbox_check_skipped())
+    return stack
+
+
+def join_after_abort() -> AbstractContextManager[Any]:
+    """The join does not look whether the saga was aborted."""
+
+    def run_join(runtime: Any, join: Any, delivery: Any, session: Any) -> None:
+        journal = runtime.open_journal(session)
+        key = join_key(join.name, saga_id_of(delivery))
+        row = journal.lock(key.saga_id)
+        journal.arrive(key.saga_id, join.name, delivery.envelope)
+        arrived = journal.arrivals(key.saga_id, join.name)
+        if journal.find(key) is not None or not arrived:
+            return
+        if len(arrived) < len(join.on) and not row.state.aborted:
+            return
+        arguments = tuple(runtime.read(next(iter(arrived.values()))) for _ in join.on)
+        perform(runtime, journal, join, Run(row, key, None, delivery.envelope, arguments))
+
+    return _with_handler("run_join", run_join)
+
+
+def no_row_lock_on_the_saga() -> AbstractContextManager[Any]:
+    """Two operations on one saga read its state at the same time."""
+    return patch.object(saga.store, "_LOCK_SAGA", saga.store._LOCK_SAGA.replace("FOR UPDATE", ""))
+
+
+@contextmanager
+def cursor_moved_before_the_confirm() -> Iterator[None]:
+    """The relay moves its cursor, then sends."""
+
+    def relay(self: Node) -> None:
+        page = self.unsent()
+        self.sent.update(row["position"] for row in page)
+        for row in page:
+            self.world.hub.stop_at("relay.cursor moved")
+            self.world.publish(
+                Message(row["type"], row["event_id"], row["body"], key_seq=row["key_seq"])
+            )
+
+    with patch.object(Node, "relay", relay):
+        yield
+
+
+@contextmanager
+def publish_after_commit() -> Iterator[None]:
+    """Events are written in a transaction of their own, after the one that they belong to."""
+    real_commit, real_append = DeliverySession.commit_delivery, SqlJournal.append
+
+    def append(self: SqlJournal, envelope: Any, event_type: Any) -> None:
+        if isinstance(self.session, DeliverySession):
+            self.session.info.setdefault("late", []).append((envelope, event_type))
+        else:
+            real_append(self, envelope, event_type)
+
+    def commit_delivery(self: DeliverySession) -> None:
+        bind = self.get_bind().engine
+        real_commit(self)
+        late = self.info.pop("late", [])
+        if late:
+            with Session(bind) as session, session.begin():
+                for envelope, event_type in late:
+                    saga.store.append(session, envelope, event_type)
+
+    with (
+        patch.object(SqlJournal, "append", append),
+        patch.object(DeliverySession, "commit_delivery", commit_delivery),
+    ):
+        yield
+
+
+@contextmanager
+def early_ack() -> Iterator[None]:
+    """A message is acked when it is taken, not when it is settled."""
+
+    def receive(self: Node, message: Message) -> None:
+        self.world.acked(self, message)
+        self.world.hub.stop_at("acked")
+        self.receiver.receive(
+            message.body, handler=message.handler, redelivered=message.redelivered
+        )
+
+    with patch.object(Node, "receive", receive):
+        yield
+
+
+def empty_compensation_unguarded() -> AbstractContextManager[Any]:
+    """A step that never ran is compensated all the same when its trigger comes."""
+
+    def run_step(runtime: Any, step: Any, delivery: Any, session: Any) -> None:
+        journal = runtime.open_journal(session)
+        aborted = journal.lock(saga_id_of(delivery)).state.aborted
+        never_ran = (
+            journal.find(RunKey(saga_id_of(delivery), step.name, delivery.envelope.id)) is None
+        )
+        saga.step.run_step(runtime, step, delivery, session)
+        if aborted and never_ran and step.undo is not None:
+            points = type("Emitted", (), {"points": 1})()
+            step.undo(delivery.event, points, session)
+
+    return _with_handler("run_step", run_step)
+
+
+MUTANTS: dict[str, Mutant] = {
+    "tombstone_dropped": tombstone_dropped,
+    "inbox_check_skipped": inbox_check_skipped,
+    "inbox_in_its_own_transaction": inbox_in_its_own_transaction,
+    "join_counted_twice": join_counted_twice,
+    "join_after_abort": join_after_abort,
+    "no_row_lock_on_the_saga": no_row_lock_on_the_saga,
+    "cursor_moved_before_the_confirm": cursor_moved_before_the_confirm,
+    "publish_after_commit": publish_after_commit,
+    "early_ack": early_ack,
+    "empty_compensation_unguarded": empty_compensation_unguarded,
+}

@@ -1,0 +1,63 @@
+"""Schedules of the order example: the runtime as it is survives them, and with anything taken away it does not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from examples.order_saga.simulated import simulation
+from saga.testing.simulation import Broken, Simulation
+from tests.simulation.mutants import MUTANTS
+
+SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "60"))
+SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
+FOUND_WITHIN = 150
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """What a simulated worker says when it is killed interests nobody."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def orders() -> Simulation:
+    return simulation()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(2))
+def test_every_schedule_of_fresh_seeds_leaves_every_order_whole(
+    orders: Simulation, part: int
+) -> None:
+    seed = SEED * 100 + part * SCHEDULES
+    print(f"seeds from {seed}")
+    report = orders.run(SCHEDULES, seed)
+    assert report.faults > SCHEDULES
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_runtime_with_one_thing_taken_away_is_found(orders: Simulation, mutant: object) -> None:
+    with mutant():  # type: ignore[operator]
+        assert orders.first_failure(FOUND_WITHIN) is not None
+
+
+def test_what_breaks_is_shown_with_its_seed_and_a_short_schedule_that_replays(
+    orders: Simulation,
+) -> None:
+    with MUTANTS["early_ack"]():
+        with pytest.raises(Broken) as caught:
+            orders.run(FOUND_WITHIN)
+        broken = caught.value
+        assert f"seed {broken.seed}" in str(broken)
+        assert "kill" in str(broken)
+        with pytest.raises(AssertionError):
+            orders.replay(broken.decisions)
+    orders.replay(broken.decisions)
