@@ -221,9 +221,9 @@ def _check_extensions(extensions: Mapping[str, str | int]) -> None:
 
 
 def _check_limits(event_type: EventType, body: bytes, limits: Limits) -> None:
-    if len(body) > limits.bytes:
+    if len(body) > limits.size:
         raise PayloadTooLarge(
-            f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.bytes:,}; "
+            f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.size:,}; "
             "publish a reference to the data instead (claim check)"
         )
     try:

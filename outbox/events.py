@@ -20,7 +20,13 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, UnknownEventType, UnregisteredEvent
+from outbox.errors import (
+    ConfigurationError,
+    InvalidPayload,
+    MalformedMessage,
+    UnknownEventType,
+    UnregisteredEvent,
+)
 
 T = TypeVar("T")
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
@@ -109,7 +115,9 @@ class Registry:
 
         def register(step: Upcaster) -> Upcaster:
             if (name, from_version) in self._upcasters:
-                raise ConfigurationError(f"event type {name} v{from_version} has two upcasters; remove one")
+                raise ConfigurationError(
+                    f"event type {name} v{from_version} has two upcasters; remove one"
+                )
             self._upcasters[name, from_version] = step
             return step
 
@@ -143,7 +151,9 @@ class Registry:
         """
         versions = self._by_name.get(name)
         if not versions:
-            raise UnknownEventType(f"event type {name!r} is not known here; known are: {', '.join(self.names()) or 'none'}")
+            raise UnknownEventType(
+                f"event type {name!r} is not known here; known are: {', '.join(self.names()) or 'none'}"
+            )
         at = version
         while (name, at) in self._upcasters:
             data = self._apply_upcaster(name, at, data)
@@ -158,13 +168,17 @@ class Registry:
             # Through JSON: a strict model takes text for a date from JSON, but not from Python.
             return event_type.adapter.validate_json(_to_json(data))
         except ValidationError as error:
-            raise MalformedMessage(f"event {event_type} does not fit {_where(event_type.payload_class)}: {brief(error)}") from error
+            raise MalformedMessage(
+                f"event {event_type} does not fit {_where(event_type.payload_class)}: {brief(error)}"
+            ) from error
 
     def _apply_upcaster(self, name: str, version: int, data: Any) -> Any:
         try:
             return self._upcasters[name, version](data)
         except Exception as error:
-            raise MalformedMessage(f"the upcaster of {name} v{version} failed: {error!r}") from error
+            raise MalformedMessage(
+                f"the upcaster of {name} v{version} failed: {error!r}"
+            ) from error
 
     def upcasts_from(self, name: str, version: int) -> bool:
         """Whether an upcaster leads on from *version* of event type *name*."""
@@ -201,17 +215,26 @@ def _check_declaration(event_type: EventType) -> None:
         or getattr(event_type.payload_class, "__dataclass_fields__", None)
         or {}
     )
-    if not fields and not hasattr(event_type.payload_class, "__dataclass_fields__") and not hasattr(
-        event_type.payload_class, "model_fields"
+    if (
+        not fields
+        and not hasattr(event_type.payload_class, "__dataclass_fields__")
+        and not hasattr(event_type.payload_class, "model_fields")
     ):
-        raise ConfigurationError(f"{where} is neither a pydantic model nor a dataclass (put @event above @dataclass)")
+        raise ConfigurationError(
+            f"{where} is neither a pydantic model nor a dataclass (put @event above @dataclass)"
+        )
     if isinstance(key, str) and key not in fields and not hasattr(event_type.payload_class, key):
-        raise ConfigurationError(f"{where}: key={key!r} names no field; fields are: {', '.join(fields)}")
+        raise ConfigurationError(
+            f"{where}: key={key!r} names no field; fields are: {', '.join(fields)}"
+        )
 
 
 def _same_class(one: type[Any], other: type[Any]) -> bool:
     # A module imported twice (under pytest, or as __main__ and by name) declares the same class again.
-    return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+    return one is other or (one.__module__, one.__qualname__) == (
+        other.__module__,
+        other.__qualname__,
+    )
 
 
 def _where(cls: type[Any]) -> str:
@@ -221,7 +244,9 @@ def _where(cls: type[Any]) -> str:
 def brief(error: ValidationError) -> str:
     """A pydantic error in one line: each field with what is wrong, without the values (they may be secret)."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
-    shown = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'payload'}: {p['msg']}" for p in problems[:5])
+    shown = "; ".join(
+        f"{'.'.join(map(str, p['loc'])) or 'payload'}: {p['msg']}" for p in problems[:5]
+    )
     return shown + (f" (and {len(problems) - 5} more)" if len(problems) > 5 else "")
 
 

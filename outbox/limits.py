@@ -22,7 +22,7 @@ _NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 class Limits:
     """What an encoded event may be at most."""
 
-    bytes: int = 1_048_576
+    size: int = 1_048_576
     """Size of the encoded envelope, in bytes. Brokers and intermediaries like it below 65,536."""
     depth: int = 64
     """Levels of nested arrays and objects."""
@@ -33,10 +33,14 @@ class Limits:
 
     def check(self, body: bytes) -> None:
         """Raise `MalformedMessage` if *body* is over a limit or holds a NUL; says which limit and by how much."""
-        if len(body) > self.bytes:
-            raise MalformedMessage(f"the message has {len(body):,} bytes; the limit is {self.bytes:,}")
+        if len(body) > self.size:
+            raise MalformedMessage(
+                f"the message has {len(body):,} bytes; the limit is {self.size:,}"
+            )
         if b"\x00" in body or _NUL_ESCAPE.search(body):
-            raise MalformedMessage("the message holds a NUL character, which PostgreSQL cannot store as text")
+            raise MalformedMessage(
+                "the message holds a NUL character, which PostgreSQL cannot store as text"
+            )
         bare = _STRING.sub(b'""', body)
         nodes = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
         if nodes > self.nodes:

@@ -1,4 +1,4 @@
-"""The order example under simulation: its services as they are, what is asked of them, and what must hold in the end."""
+"""The order example under simulation: its services as they are, what is asked of them, what must hold in the end."""
 
 from __future__ import annotations
 

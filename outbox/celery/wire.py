@@ -34,7 +34,7 @@ def read_body(raw: bytes, content_type: str | None, limits: Limits) -> WireBody:
     """
     if content_type not in _JSON_TYPES:
         raise MalformedMessage(f"its content type is {content_type!r}; only JSON is read")
-    if len(raw) > limits.bytes * _ESCAPED + 10_000:
+    if len(raw) > limits.size * _ESCAPED + 10_000:
         raise MalformedMessage(f"the message has {len(raw):,} bytes")
     try:
         parts = from_json(raw)

@@ -1,4 +1,4 @@
-"""Simulated processes: greenlets that stop at every statement, commit and message, for the scheduler to pick who goes on.
+"""Simulated processes: greenlets that stop at every statement, commit and message, for the scheduler to choose from.
 
 A process that is killed runs nothing any more: its connections are gone (the server rolls back) and whatever its code
 still tries, in an `except` or a `finally`, meets that.
