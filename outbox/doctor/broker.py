@@ -15,6 +15,7 @@ Queues = Mapping[str, Arguments | None]
 """The queues that must be there, each with the arguments that its worker declares, if known."""
 
 TIMEOUT: Final = 5.0
+_KAFKA: Final = ("Kafka is not looked at yet", "see to acks=all and min.insync.replicas yourself")
 _HERE: Final = {"localhost", "127.0.0.1", "::1", None}
 
 
@@ -32,13 +33,15 @@ def examine_broker(
         return _examine_rabbitmq(url, exchange, queues)
     if scheme in {"redis", "rediss"}:
         return _examine_redis(url, exchange, queues)
+    if scheme == "kafka":
+        return iter([Finding("broker reachable", Level.WARN, *_KAFKA)])
     return iter(
         [
             Finding(
                 "broker reachable",
                 Level.FAIL,
                 f"{scheme or 'no scheme'} is no broker that is known here",
-                "use amqp://, amqps://, redis:// or rediss://",
+                "use amqp://, amqps://, redis://, rediss:// or kafka://",
             )
         ]
     )

@@ -136,6 +136,11 @@ def test_a_connection_in_the_clear_over_a_network_is_found(url: str, level: Leve
     assert broker.encryption(broker.Redis(None, url, "events", {}))[0] is level
 
 
+def test_kafka_is_said_not_to_be_looked_at() -> None:
+    (finding,) = examine_broker("kafka://127.0.0.1:9092")
+    assert (finding.level, finding.found) == (Level.WARN, "Kafka is not looked at yet")
+
+
 # ---- Redis ----
 
 
