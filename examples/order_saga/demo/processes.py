@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from examples.order_saga.demo.guard import Guard
+from examples.order_saga.demo.interrupts import pause
 
 STOP_WITHIN_SECONDS = 6.0
 LOOK_EVERY_SECONDS = 0.05
@@ -129,4 +130,4 @@ def wait_until_ready(process: Process, ready: Callable[[], bool], *, within: flo
         process.check()
         if time.monotonic() > deadline:
             raise ProcessFailed(f"{process.name} was not ready in {within:g} s\n{process.tail()}")
-        time.sleep(LOOK_EVERY_SECONDS)
+        pause(LOOK_EVERY_SECONDS)

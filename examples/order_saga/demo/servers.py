@@ -96,6 +96,16 @@ def check_broker(url: str, queues: Sequence[str]) -> None:
         )
 
 
+def describe_broker(url: str) -> str:
+    """Which broker it is, and its version where it says so."""
+    with Connection(url, connect_timeout=5) as connection:
+        channel: Any = connection.default_channel
+        if connection.transport.driver_type == "redis":
+            return f"Redis {channel.client.info('server')['redis_version']}"
+        properties = getattr(channel.connection, "server_properties", {})
+        return f"{properties.get('product', connection.transport.driver_name)} {properties.get('version', '')}".strip()
+
+
 def remove_queues(url: str, queues: Sequence[str]) -> None:
     """Delete the queues, with what is in them, from a broker that goes on after the demo."""
     with Connection(url) as connection:
