@@ -219,7 +219,7 @@ def events_arrived(evidence: Evidence) -> Finding:
         "Every event reached everyone who asked for it, and none came from nowhere",
         f"{traffic.published} published, {traffic.expected} deliveries, "
         f"{len(traffic.lost)} lost, {len(traffic.phantom)} phantom",
-        [*traffic.lost, *traffic.phantom],
+        [*map(str, traffic.lost), *traffic.phantom],
     )
 
 

@@ -104,6 +104,11 @@ def _outage(summary: Summary) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "[red]no[/]", "it has not caught up"
+    if summary.told.replayed:
+        yield (
+            str(summary.told.replayed),
+            ("events died inside Redis with the worker, and were sent again from the outbox"),
+        )
 
 
 def _latecomer(summary: Summary) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,7 @@ class Stage:
 
     services: dict[str, Service]
     database_urls: dict[str, str]
+    broker_url: str
     base_url: str
     servers: str
     """Which servers these are, for people."""
@@ -75,6 +76,7 @@ def stage(
         yield Stage(
             services=made,
             database_urls=database_urls,
+            broker_url=broker_url,
             base_url=f"http://127.0.0.1:{port}",
             servers=f"PostgreSQL {version} and {describe_broker(broker_url)}",
             directory=directory,

@@ -13,6 +13,7 @@ from examples.order_saga.demo.display import Display, View
 from examples.order_saga.demo.interrupts import pause
 from examples.order_saga.demo.load import Accepted, Customers, customers
 from examples.order_saga.demo.processes import ProcessFailed, wait_until_ready
+from examples.order_saga.demo.replay import died_in_hand, replay
 from examples.order_saga.demo.services import NAMES, REDELIVER_AFTER_SECONDS, Service, api_answers
 from examples.order_saga.demo.shop import PlannedOrder, Shop
 from examples.order_saga.demo.stage import Stage
@@ -27,6 +28,7 @@ READY_WITHIN_SECONDS = 60.0
 ROUTES_KNOWN_AFTER_SECONDS = 1.5
 """On Redis, a relay looks up once a second which queues there are."""
 SETTLED_WITHIN_SECONDS = 90.0
+STALLED_AFTER_SECONDS = 5.0
 SHORTEST_OUTAGE_SECONDS = 2 * REDELIVER_AFTER_SECONDS
 
 
@@ -42,6 +44,8 @@ class Told:
     """When the killed service was reading its queue again."""
     joined_at: datetime
     """From when on the latecomer gets every event."""
+    replayed: int
+    """Events that died inside the broker with the killed worker, and were sent again from the log."""
     books: Books
     traffic: Traffic
 
@@ -59,6 +63,8 @@ class Story:
     _orders: Iterator[PlannedOrder] = field(init=False)
     _placed: int = field(default=0, init=False)
     _killed: set[str] = field(default_factory=set, init=False)
+    _is_catching_up: bool = field(default=False, init=False)
+    _replayed: int = field(default=0, init=False)
     _look_due_at: float = field(default=0.0, init=False)
 
     def tell(self) -> Told:
@@ -81,8 +87,7 @@ class Story:
         back_at = self.watch.now()
         joined_at = self._let_latecomer_in()
         self._place_until(total)
-        self._say_when_caught_up()
-        books, traffic = self._settle(joined_at)
+        books, traffic = self._settle(killed_at, joined_at)
         return Told(
             accepted=list(self.customers.accepted),
             refused=list(self.customers.refused),
@@ -90,6 +95,7 @@ class Story:
             restarted_at=restarted_at,
             back_at=back_at,
             joined_at=joined_at,
+            replayed=self._replayed,
             books=books,
             traffic=traffic,
         )
@@ -133,6 +139,7 @@ class Story:
         restarted_at = self.watch.now()
         self._service(VICTIM).start()
         self._killed.remove(VICTIM)
+        self._is_catching_up = True
         glance = self.watch.glance()
         self.display.say(
             f"{VICTIM} starts again, {glance.seen['order'] - glance.seen[VICTIM]} orders behind",
@@ -148,22 +155,40 @@ class Story:
         self.display.say(f"{LATECOMER} is subscribed, and counts from now on")
         return self.watch.now()
 
-    def _say_when_caught_up(self) -> None:
-        total = len(self.customers.accepted)
-        if self._wait(lambda glance: glance.seen[VICTIM] >= total):
-            self.display.say(f"{VICTIM} has caught up")
-
-    def _settle(self, joined_at: datetime) -> tuple[Books, Traffic]:
+    def _settle(self, killed_at: datetime, joined_at: datetime) -> tuple[Books, Traffic]:
         """Wait until there is nothing left to do, or for as long as that should take."""
         deadline = time.monotonic() + SETTLED_WITHIN_SECONDS
-        self._wait(lambda glance: not glance.undecided and self.watch.is_quiet)
-        self.display.say("Nothing moves any more; now the audit reads all five databases")
         while True:
+            is_settled = self._nothing_moves(deadline)
             books = read_books(self.stage.database_urls)
             traffic = examine(books, {LATECOMER: joined_at})
-            if not traffic.lost or time.monotonic() > deadline:
+            if (is_settled and not traffic.lost) or time.monotonic() > deadline:
+                self.display.say("Nothing moves any more; all five databases have been read")
                 return books, traffic
+            if not is_settled and not self._replayed:
+                self._replay(traffic, killed_at)
             self._for_a_moment(LOOK_EVERY_SECONDS)
+
+    def _replay(self, traffic: Traffic, killed_at: datetime) -> None:
+        broker_url = self.stage.broker_url
+        if died_in_hand(traffic.lost, VICTIM, killed_at, broker_url):
+            self._replayed = replay(traffic.lost, broker_url)
+            self.display.say(
+                f"{self._replayed} event(s) died inside Redis in the hands of {VICTIM}: sent again "
+                "from the outbox, which keeps them all"
+            )
+
+    def _nothing_moves(self, deadline: float) -> bool:
+        """Wait until all is settled (True), or until nothing has changed for a while."""
+        before, changed_at = self._look(), time.monotonic()
+        while time.monotonic() < min(changed_at + STALLED_AFTER_SECONDS, deadline):
+            glance = self._look()
+            if not glance.undecided and self.watch.is_quiet:
+                return True
+            if glance != before:
+                before, changed_at = glance, time.monotonic()
+            self._for_a_moment(LOOK_EVERY_SECONDS)
+        return False
 
     # ---- meanwhile ----
 
@@ -183,15 +208,6 @@ class Story:
                 raise ProcessFailed(self._unready())
             self._for_a_moment()
 
-    def _wait(self, reached: Callable[[Glance], bool]) -> bool:
-        """Wait until it can be seen; False if that takes longer than it should."""
-        deadline = time.monotonic() + SETTLED_WITHIN_SECONDS
-        while not reached(self._look()):
-            if time.monotonic() > deadline:
-                return False
-            self._for_a_moment(LOOK_EVERY_SECONDS)
-        return True
-
     def _for_a_moment(self, seconds: float = TICK_SECONDS) -> None:
         if time.monotonic() >= self._look_due_at:
             self._look()
@@ -204,7 +220,13 @@ class Story:
             service.check()
         glance = self.watch.glance()
         self.display.show(self._view(glance))
+        self._say_once_caught_up(glance)
         return glance
+
+    def _say_once_caught_up(self, glance: Glance) -> None:
+        if self._is_catching_up and glance.seen[VICTIM] >= glance.seen["order"]:
+            self._is_catching_up = False
+            self.display.say(f"{VICTIM} has caught up")
 
     # ---- how things are ----
 

@@ -21,6 +21,18 @@ SUBSCRIBERS: Mapping[str, Service] = {
 
 
 @dataclass(frozen=True)
+class Missing:
+    """An event that a handler subscribes to and has not had."""
+
+    event: Published
+    service: str
+    handler: str
+
+    def __str__(self) -> str:
+        return f"{self.event.type} {self.event.event_id} never reached {self.handler}"
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Counted from the outbox and inbox tables, and from what the workers wrote down."""
 
@@ -28,7 +40,7 @@ class Traffic:
     """Events that were committed."""
     expected: int
     """Deliveries that these owe: one for each handler that subscribes to the type."""
-    lost: list[str]
+    lost: list[Missing]
     """Of these, the ones that no inbox has."""
     phantom: list[str]
     """Deliveries of what nobody published, or not in these very bytes."""
@@ -43,33 +55,24 @@ def examine(books: Books, subscribed_since: Mapping[str, datetime]) -> Traffic:
     published = {
         event.event_id: event for ledger in books.ledgers.values() for event in ledger.published
     }
-    expected = {
-        (event.event_id, handler): event
+    expected = [
+        Missing(event, name, handler.name)
         for event in published.values()
         for name, service in SUBSCRIBERS.items()
         if name not in subscribed_since or event.occurred_at >= subscribed_since[name]
-        for handler in _handlers(service, event.type)
-    }
+        for handler in service.handlers_for(event.type)
+    ]
     received = {
         (row.event_id, row.handler) for ledger in books.ledgers.values() for row in ledger.received
     }
-    lost = [
-        f"{event.type} {event.event_id} never reached {handler}"
-        for (event_id, handler), event in expected.items()
-        if (event_id, handler) not in received
-    ]
     return Traffic(
         published=len(published),
         expected=len(expected),
-        lost=lost,
+        lost=[each for each in expected if (each.event.event_id, each.handler) not in received],
         phantom=list(_phantoms(books, published)),
         redelivered=sum(map(_redelivered, books.ledgers.values())),
         absorbed=sum(map(_absorbed, books.ledgers.values())),
     )
-
-
-def _handlers(service: Service, event_type: str) -> list[str]:
-    return [handler.name for handler in service.handlers_for(event_type)]
 
 
 def _phantoms(books: Books, published: Mapping[UUID, Published]) -> Iterator[str]:
