@@ -1,0 +1,96 @@
+"""The documentation is true: every block of Python runs, every command exists, every test that is named is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BIN = Path(sys.executable).parent
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for document in DOCUMENTS:
+        for block in blocks(document, "bash"):
+            for line in block.splitlines():
+                if line.strip():
+                    yield document.name, line.strip()
+
+
+def test_the_readmes_example_works_when_pasted(tmp_path: Path) -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 36
+    (tmp_path / "shop.py").write_text(example)
+    ran = subprocess.run(
+        [sys.executable, "shop.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "left in stock: 4\n"
+
+
+def test_the_guide_runs_from_its_first_line_to_its_last(database_url: str, tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / "docs" / "guide.md", "python"))
+    (tmp_path / "guide.py").write_text(f"DATABASE_URL = {database_url!r}\n{code}")
+    ran = subprocess.run(
+        [sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "is no event type" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("document", "command"), list(commands()), ids=lambda value: str(value).replace(" ", "_")
+)
+def test_a_command_in_the_documents_works(
+    document: str, command: str, migrated_database_url: str, redis_url: str
+) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        # What the targets do, tests of their own show; here: that they are there.
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    environment = {
+        **os.environ,
+        "OUTBOX_DATABASE_URL": migrated_database_url,
+        "OUTBOX_BROKER_URL": redis_url,
+    }
+    ran = subprocess.run(
+        [BIN / words[0], *words[1:]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode in (0, 1), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_every_test_that_the_guarantees_rest_on_exists() -> None:
+    named = re.findall(
+        r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text()
+    )
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = [
+        f"{file}::{test}" for file, test in named if f"def {test}(" not in files.get(file, "")
+    ]
+    assert named
+    assert missing == []
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
