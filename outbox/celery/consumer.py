@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery import signals
 from celery.worker.consumer import Consumer as CeleryConsumer
@@ -21,12 +21,12 @@ from outbox.celery.task import TASK_NAME
 
 log = logging.getLogger(__name__)
 
+_WRONG_SHAPE: Final = (AttributeError, KeyError, TypeError, ValueError)
+
 
 class Consumer(CeleryConsumer):  # type: ignore[misc, unused-ignore]
     """Set as `worker_consumer` by `outbox.celery.setup`."""
 
-    connection_errors: tuple[type[Exception], ...]
-    channel_errors: tuple[type[Exception], ...]
     strategies: dict[str, Callable[..., None]]
     on_task_message: set[Callable[..., None]]
 
@@ -44,10 +44,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc, unused-ignore]
                 return
             try:
                 handle(message)
-            except self.connection_errors + self.channel_errors:
-                raise
-            except Exception as error:
-                # Headers of the wrong shape; anything raised here would end the worker.
+            except _WRONG_SHAPE as error:
+                # Headers that Celery did not expect. Raised further, it would end the worker, or
+                # pass for a lost connection (kombu counts KeyError as one on Redis), for ever.
                 if message.acknowledged:
                     raise
                 self._keep(message, f"Celery could not take it in: {error!r}")

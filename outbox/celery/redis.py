@@ -69,7 +69,7 @@ def _is_message(payload: Any) -> bool:
 
 def _is_base64(text: str) -> bool:
     try:
-        base64.b64decode(text)
+        base64.b64decode(text, validate=True)
     except ValueError:
         return False
     return True

@@ -1,0 +1,125 @@
+"""Shutdowns, revocations and time limits: whatever ends a handler early, the event is not lost.
+
+Celery's own doing, so on one broker only.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import Room, Unavailable
+from tests.workers import Billing, eventually
+
+
+@pytest.fixture(scope="module")
+def broker_url(room: Room) -> str:
+    try:
+        return room.url("rabbitmq")
+    except Unavailable as unavailable:
+        pytest.skip(f"no server: {unavailable}")
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left(billing: Billing) -> Iterator[None]:
+    yield
+    billing.kill_workers()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest(
+    billing: Billing, pool: str
+) -> None:
+    orders = [f"{pool}-{number}" for number in range(6)]
+    first = billing.worker("--pool", pool, "--concurrency", "2")
+    for order in orders:
+        billing.send(billing.placed(order, do="sleep 0.3"))
+    eventually(lambda: billing.effects_of(*orders), explain=lambda: first.log)
+
+    assert first.terminate() == 0
+    done = billing.effects_of(*orders)
+    assert len(done) < len(orders)
+    second = billing.worker("--pool", pool, "--concurrency", "2")
+    eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: second.log)
+    assert second.terminate() == 0
+
+
+@pytest.mark.parametrize("point", ["receive.begun", "receive.before_ack"])
+def test_a_process_of_the_pool_that_is_killed_is_replaced(billing: Billing, point: str) -> None:
+    worker = billing.worker("--concurrency", "1", OUTBOX_CRASH_AT=f"{point}:2")
+    orders = [f"{point}-{number}" for number in range(4)]
+    for order in orders:
+        billing.send(billing.placed(order))
+
+    eventually(lambda: billing.effects_of(*orders) == orders, 30, lambda: worker.log)
+    _until_nothing_is_left(billing)
+    assert "signal 9 (SIGKILL)" in worker.log
+    assert worker.terminate() == 0
+    assert billing.effects_of(*orders) == orders
+
+
+def test_a_cold_shutdown_in_a_handler_repeats_nothing(billing: Billing) -> None:
+    first = billing.worker("--concurrency", "1")
+    billing.send(billing.placed("cold", do="sleep 3"))
+    eventually(lambda: "order.placed[" in first.log, explain=lambda: first.log)
+    first.process.send_signal(signal.SIGQUIT)
+    first.process.wait(20)
+    assert billing.effects_of("cold") == []
+
+    second = billing.worker("--concurrency", "1")
+    eventually(lambda: billing.effects_of("cold"), 30, lambda: second.log)
+    _until_nothing_is_left(billing)
+    assert second.terminate() == 0
+    assert billing.effects_of("cold") == ["cold"]
+
+
+def test_revoking_and_terminating_an_event_gives_it_back(billing: Billing) -> None:
+    worker = billing.worker("--concurrency", "1")
+    envelope = billing.placed("revoked", do="sleep 2")
+    billing.send(envelope)
+    task_id = eventually(lambda: worker.task_id("order.placed"), explain=lambda: worker.log)
+
+    billing.control.revoke(task_id, terminate=True, signal="SIGKILL")
+
+    eventually(lambda: billing.effects_of("revoked"), 30, lambda: worker.log)
+    _until_nothing_is_left(billing)
+    assert worker.terminate() == 0
+    assert billing.effects_of("revoked") == ["revoked"]
+
+
+def test_a_hard_time_limit_is_counted_and_the_event_parked(billing: Billing) -> None:
+    worker = billing.worker("--concurrency", "1", "--time-limit", "1")
+    billing.send(billing.placed("endless", do="sleep 60"))
+
+    dead = "SELECT 1 FROM outbox.dead_letter WHERE key = 'endless'"
+    eventually(lambda: billing.rows(dead), 40, lambda: worker.log)
+    _until_nothing_is_left(billing)
+    assert worker.terminate() == 0
+    assert billing.effects_of("endless") == []
+
+
+def test_a_soft_time_limit_is_a_failure_like_any_other(billing: Billing) -> None:
+    worker = billing.worker("--concurrency", "1", "--soft-time-limit", "1")
+    billing.send(billing.placed("too slow", do="sleep 60"))
+
+    dead = "SELECT error FROM outbox.dead_letter WHERE key = 'too slow'"
+    eventually(lambda: billing.rows(dead), 40, lambda: worker.log)
+    assert "SoftTimeLimitExceeded" in billing.rows(dead)[0].error
+    assert worker.terminate() == 0
+
+
+def test_threads_share_a_worker(billing: Billing) -> None:
+    worker = billing.worker("--pool", "threads", "--concurrency", "4")
+    orders = sorted(f"thread-{number}" for number in range(20))
+    for order in orders:
+        billing.send(billing.placed(order))
+
+    eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
+    assert worker.terminate() == 0
+
+
+def _until_nothing_is_left(billing: Billing) -> None:
+    eventually(lambda: billing.queued() == 0)
+    eventually(lambda: billing.rows("SELECT 1 FROM outbox.pending_delivery") == [], 30)
