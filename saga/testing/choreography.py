@@ -31,6 +31,7 @@ _NEW_EVENTS = """
 SELECT position, event_id, type, body FROM {schema}.outbox_event
 WHERE position > :end ORDER BY position
 """
+_EVERYTHING = 1_000_000
 
 Choose = Callable[[Sequence["Message"]], "Message"]
 
@@ -77,17 +78,16 @@ class Choreography:
             with Session(engine) as session:
                 for row in session.execute(statement(_NEW_EVENTS, schema), {"end": end}):
                     self._route(row.type, row.event_id, bytes(row.body))
-        for service, engine in self.services.items():
-            with Session(engine) as session:
-                self._owe(service, session)
+                for owed in pending.list_pending(session, limit=_EVERYTHING, schema=schema):
+                    self._owe(owed)
         return self.waiting
 
     def deliver(self, message: Message) -> Receipt:
-        """Deliver *message*, whether for the first time or again."""
+        """Deliver *message*, whether for the first time or again. (Work that is owed no longer is
+        not done again: it is received as stale.)"""
         if message in self.waiting:
             self.waiting.remove(message)
-        if message.handler is None:
-            self.delivered.append(message)
+        self.delivered.append(message)
         return self.receivers[message.service].receive(message.body, handler=message.handler)
 
     def settle(self, choose: Choose = lambda waiting: waiting[0], *, limit: int = 10_000) -> int:
@@ -109,11 +109,10 @@ class Choreography:
             if type in service.bindings:
                 self.waiting.append(Message(service.name, type, event_id, body))
 
-    def _owe(self, service: Service, session: Session) -> None:
-        for owed in pending.list_pending(session, service=service.name, schema=service.schema):
-            message = Message(service.name, owed.type, owed.event_id, owed.body, owed.handler)
-            if message not in self.waiting:
-                self.waiting.append(message)
+    def _owe(self, owed: pending.PendingDelivery) -> None:
+        message = Message(owed.service, owed.type, owed.event_id, owed.body, owed.handler)
+        if owed.service in self.receivers and message not in self.waiting:
+            self.waiting.append(message)
 
     def _logs(self) -> set[tuple[Engine, str]]:
         return {(engine, service.schema) for service, engine in self.services.items()}

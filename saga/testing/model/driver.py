@@ -175,8 +175,9 @@ class Cursor:
         try:
             result = self._run(sql, params or {}, transaction)
         except psycopg.Error:
-            connection.failed = True
-            connection.database.storage.fail(transaction)
+            if not transaction.ended:
+                connection.failed = True
+                connection.database.storage.fail(transaction)
             raise
         self._rows = iter(result.rows)
         self.rowcount = result.count

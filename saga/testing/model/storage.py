@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from psycopg import errors
+from psycopg import OperationalError, errors
 
 Values = dict[str, Any]
 
@@ -175,6 +175,8 @@ class Storage:
             self.wait(waiter, lambda: row.owner is holder)
         finally:
             waiter.waits_for = None
+        if waiter.ended:
+            raise OperationalError("the connection was lost while the statement waited")
 
     # --- writes
 
