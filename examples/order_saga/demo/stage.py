@@ -55,12 +55,14 @@ def stage(
         guard = Guard()
         tidying.callback(guard.dismiss)
         directory = _directory(tidying, guard, keep=keep)
+        is_given = database_url is not None
         if database_url is None:
-            database_url = _started(tidying, start_postgres(directory, guard))
-        elif not keep:
-            tidying.callback(lambda: databases.drop(NAMES))
+            database_url = _started(tidying, start_postgres(directory, guard, keep=keep))
         databases = Databases(database_url, run=token_hex(3))
-        version = databases.create(NAMES)
+        version = databases.version()
+        if is_given and not keep:
+            tidying.callback(databases.drop, NAMES)
+        databases.create(NAMES)
         if broker_url is None:
             broker_url = _started(tidying, start_redis(directory, guard))
         else:

@@ -110,7 +110,7 @@ def total(session: Session, quantities: Mapping[str, int]) -> int:
     rows = session.execute(
         select(Product.sku, Product.price_cents).where(Product.sku.in_(quantities))
     )
-    prices: dict[str, int] = dict(row.tuple() for row in rows)
+    prices = {row.sku: row.price_cents for row in rows}
     if unknown := quantities.keys() - prices.keys():
         raise UnknownProducts(unknown)
     return sum(prices[sku] * quantity for sku, quantity in quantities.items())
