@@ -115,7 +115,9 @@ def note(session: Session, work: Work) -> Noted | Outcome:
     For what may have killed a worker before (a redelivery), and for what is run from a note anyway.
     Without it, an event that kills its worker would do so for ever, uncounted.
     """
-    _open(session, work)
+    standing = _open(session, work)
+    if standing.parked and not work.addressed:
+        return Outcome.PARKED
     earlier = inbox.earlier_delivery(
         session, work.envelope.id, work.handler.name, work.envelope.digest, schema=work.schema
     )

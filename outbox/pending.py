@@ -27,6 +27,9 @@ EVERY_HANDLER: Final = "*"
 UNREAD: Final = "outbox.unread"
 """Stands for the type of a message that nobody could read."""
 
+DUE_AT_ONCE: Final = "outbox.due_at_once"
+"""Key in `session.info`: something was scheduled for now, so the sweeper should look now."""
+
 _MAX_ERROR = 2_000
 _AT_ONCE = timedelta(0)
 
@@ -56,19 +59,19 @@ DELETE FROM {schema}.pending_delivery WHERE handler = :handler AND event_id = :e
 RETURNING true
 """
 # Each time it is sent it waits twice as long: a backlog in the queue must not be added to.
-_CLAIM_DUE = f"""
+_CLAIM_DUE = """
 WITH due AS MATERIALIZED (
-    SELECT handler, event_id FROM {{schema}}.pending_delivery
+    SELECT handler, event_id, next_attempt_at AS due_at FROM {schema}.pending_delivery
     WHERE service = :service AND next_attempt_at <= clock_timestamp()
     ORDER BY next_attempt_at LIMIT :limit
     FOR UPDATE SKIP LOCKED
 )
-UPDATE {{schema}}.pending_delivery AS owed
+UPDATE {schema}.pending_delivery AS owed
 SET sends = sends + 1, next_attempt_at =
     clock_timestamp() + LEAST(:resend_after * power(2, LEAST(sends, 20)), :resend_cap)
 FROM due WHERE owed.handler = due.handler AND owed.event_id = due.event_id
-RETURNING {_COLUMNS.replace("handler", "owed.handler").replace("event_id", "owed.event_id")}
-"""  # noqa: S608 - a constant list of columns
+RETURNING owed.*, due.due_at
+"""
 _UNTIL_DUE = """
 SELECT min(next_attempt_at) - clock_timestamp() FROM {schema}.pending_delivery
 WHERE service = :service
@@ -135,6 +138,8 @@ def schedule(
     """
     if due_at is not None and due_at.tzinfo is None:
         raise ValueError(f"due_at {due_at} has no zone; use an aware datetime")
+    if due_at is None:
+        session.info[DUE_AT_ONCE] = True
     owed = Owed(service, handler, envelope.id, envelope.type, envelope.body, envelope.key)
     values = _values(owed, "timer", due_at=due_at)
     return session.execute(statement(_INSERT_IF_ABSENT, schema), values).scalar() is not None
@@ -197,7 +202,7 @@ def claim_due(
     resend_cap: timedelta,
     schema: str = DEFAULT_SCHEMA,
 ) -> Sequence[PendingDelivery]:
-    """Take what is due, putting it off so that nobody else takes it before *resend_after*."""
+    """Take what is due, longest first, putting it off for the next *resend_after* at least."""
     rows = session.execute(
         statement(_CLAIM_DUE, schema),
         {
@@ -207,7 +212,7 @@ def claim_due(
             "resend_cap": resend_cap,
         },
     )
-    return [_pending(row) for row in rows]
+    return [_pending(row) for row in sorted(rows, key=lambda row: row.due_at)]
 
 
 def until_due(session: Session, service: str, *, schema: str = DEFAULT_SCHEMA) -> timedelta | None:
@@ -256,4 +261,5 @@ def _values(
 
 
 def _pending(row: Any) -> PendingDelivery:
-    return PendingDelivery(**{**row._mapping, "body": bytes(row.body)})
+    columns = {name: value for name, value in row._mapping.items() if name != "due_at"}
+    return PendingDelivery(**{**columns, "body": bytes(row.body)})

@@ -17,12 +17,12 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
-from outbox.crash_points import crash_point
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import attempt, pending, quarantine
 from outbox.attempt import Busy, Outcome, TransactionLimits, Work
+from outbox.crash_points import crash_point
 from outbox.envelope import Envelope, decode
 from outbox.errors import MalformedMessage, UnknownEventType
 from outbox.events import Registry
@@ -81,11 +81,15 @@ class Receiver:
         settings: ReceiveSettings | None = None,
         *,
         interrupts: tuple[type[BaseException], ...] = (),
+        on_due: Callable[[], None] = lambda: None,
         random: Random | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """*interrupts*: exceptions that a signal may raise anywhere, such as soft time limits."""
+        """*interrupts*: exceptions that a signal may raise anywhere, such as soft time limits.
+
+        *on_due* is called after a commit that left something to be delivered at once.
+        """
         self.service = service
         self.settings = settings or ReceiveSettings()
         self._random = random or Random()  # noqa: S311 - spreads retries
@@ -95,6 +99,7 @@ class Receiver:
             patience=self.settings.patience,
             tries=self.settings.tries,
             interrupts=interrupts,
+            on_due=on_due,
             sleep=sleep,
         )
 
@@ -258,7 +263,7 @@ class Receiver:
             return self._put_off(work, number)
 
     def _put_off(self, work: Work, number: int) -> Outcome:
-        delay = work.limits.lock * (0.5 + self._random.random())
+        delay = work.limits.lease * (0.25 + self._random.random() / 2)
         return self._transactions.settled(
             lambda session: attempt.put_off(session, work, number, delay)
         )

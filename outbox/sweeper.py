@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import pending
+from outbox.bell import Bell
 from outbox.pending import PendingDelivery
 from outbox.sql import DEFAULT_SCHEMA
 
@@ -53,8 +54,12 @@ class Sweeper:
         schema: str = DEFAULT_SCHEMA,
         settings: SweepSettings | None = None,
         chores: Callable[[], None] | None = None,
+        bell: Bell | None = None,
     ) -> None:
-        """*chores* are done at the start and every `chores_every`, in the same thread."""
+        """*chores* are done at the start and every `chores_every`, in the same thread.
+
+        *bell*, when rung, makes it look at once.
+        """
         self._service = service
         self._schema = schema
         self._engine = engine
@@ -64,6 +69,7 @@ class Sweeper:
         self._chores_due_at = time.monotonic()
         self._unsent: Sequence[PendingDelivery] = ()
         self._pause = self._settings.shortest.total_seconds()
+        self._bell = bell or Bell()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -76,6 +82,7 @@ class Sweeper:
     def stop(self, timeout: float = 5.0) -> None:
         """Ask it to end and wait for that, *timeout* seconds at most."""
         self._stopping.set()
+        self._bell.ring()
         if self._thread is not None:
             self._thread.join(timeout)
             self._thread = None
@@ -91,7 +98,8 @@ class Sweeper:
                 failures += 1
                 pause = min(30.0, 0.1 * 2.0 ** min(failures, 20))
                 log.warning("sweeping %s failed, again in %.1f s: %s", self._service, pause, error)
-            self._stopping.wait(pause)
+            if self._bell.wait(pause):
+                self._pause = self._settings.shortest.total_seconds()
 
     def sweep(self) -> int:
         """Send what is due now, one batch at most; returns how many."""

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from outbox.errors import ConfigurationError, OutboxError
+from outbox.pending import DUE_AT_ONCE
 from outbox.transient import is_database_error, is_transient
 
 R = TypeVar("R")
@@ -67,17 +68,20 @@ class Transactions:
         patience: timedelta = timedelta(seconds=30),
         tries: int = 5,
         interrupts: tuple[type[BaseException], ...] = (),
+        on_due: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """*patience*: how long to wait for a database that cannot be had.
 
         *tries*: how often a stage is run that deadlocks or loses its connection. *interrupts*: what
         a signal may raise anywhere, even inside the driver; the connection is not used after it.
+        *on_due*: called after a commit that left something due at once.
         """
         self._engine = engine
         self._patience = patience.total_seconds()
         self._tries = tries
         self._interrupts = interrupts
+        self._on_due = on_due
         self._sleep = sleep
 
     def once(self, stage: Stage[R]) -> R:
@@ -93,6 +97,8 @@ class Transactions:
             raise
         finally:
             self._release(session, connection)
+        if session.info.get(DUE_AT_ONCE):
+            self._on_due()
         return result
 
     def retried(self, stage: Stage[R]) -> R:

@@ -55,15 +55,14 @@ def _is_message(payload: Any) -> bool:
     match payload:
         case {
             "body": str() as body,
-            "headers": dict() as headers,
+            "headers": dict(),
             "properties": {
                 "delivery_tag": str(),
                 "delivery_info": {"exchange": str(), "routing_key": str()},
                 "body_encoding": "base64",
             },
         }:
-            # Decompressing is the transport's first act, without any bound.
-            return "compression" not in headers and _is_base64(body)
+            return _is_base64(body)
     return False
 
 

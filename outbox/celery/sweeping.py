@@ -15,6 +15,7 @@ from outbox import inbox_partitions, schema
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
 from outbox.celery.engines import ForkSafeEngine
+from outbox.celery.installation import installed
 from outbox.pending import PendingDelivery
 from outbox.sweeper import Sweeper
 
@@ -96,8 +97,6 @@ class SweeperStep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._queue: OwnQueue | None = None
 
     def start(self, worker: Any) -> None:
-        from outbox.celery import installed
-
         installation = installed(worker.app)
         service = installation.service
         if service.queue not in worker.app.amqp.queues.consume_from:
@@ -113,6 +112,7 @@ class SweeperStep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             schema=service.schema,
             settings=installation.sweep,
             chores=partial(_keep_up, engine, service.schema, window),
+            bell=installation.bell,
         )
         self._sweeper.start()
 

@@ -182,8 +182,10 @@ def test_a_copy_of_a_parked_delivery_waits_for_the_person_too(billing: Subscribe
     envelope = billing.placed()
     billing.receive(envelope)
 
-    assert billing.receive(envelope).outcomes == {"billing._raise": Outcome.PARKED}
-    assert len(billing.dead) == 1
+    for redelivered in (False, True):
+        receipt = billing.receive(envelope, redelivered=redelivered)
+        assert receipt.outcomes == {"billing._raise": Outcome.PARKED}
+    assert (len(billing.dead), billing.owed) == (1, [])
 
 
 def test_a_copy_of_a_delivery_that_is_owed_does_not_run_before_its_time(

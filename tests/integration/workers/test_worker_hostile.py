@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 import pickle
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +100,11 @@ HOSTILE = {
         "names no task",
         headers={},
     ),
+    "a compression bomb": Hostile(
+        zlib.compress(bytes(200_000_000)),
+        "unpacks to more than 67,108,864 bytes",
+        headers={**RECEIVE, "compression": "application/x-gzip"},
+    ),
     "not what it is compressed as": Hostile(
         b"no gzip", "could not be decoded", headers={**RECEIVE, "compression": "application/x-gzip"}
     ),
@@ -184,10 +189,6 @@ RAW: dict[str, Callable[[], bytes]] = {
     "without properties": lambda: json.dumps({"body": "e30=", "headers": {}}).encode(),
     "headers that are a list": lambda: _raw(headers=[]),
     "a body that is no base64": lambda: _raw(body="!"),
-    "a compression bomb": lambda: _raw(
-        body=base64.b64encode(gzip.compress(bytes(100_000_000))).decode(),
-        headers={**RECEIVE, "compression": "application/x-gzip"},
-    ),
 }
 
 
@@ -217,11 +218,8 @@ def test_after_all_of_it_nothing_is_left_in_the_queue_and_nothing_was_run(
 
 
 def quarantined(billing: Billing, hostile: Hostile) -> list[Any]:
-    reason = hostile.reason
-    if "compression" in hostile.headers and billing.is_on_redis:
-        reason = "names no task"  # the item as a whole, which nobody unpacked
     return billing.rows(
-        "SELECT 1 FROM outbox.quarantine WHERE reason LIKE :reason", reason=f"%{reason}%"
+        "SELECT 1 FROM outbox.quarantine WHERE reason LIKE :reason", reason=f"%{hostile.reason}%"
     )
 
 
