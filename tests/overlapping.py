@@ -33,15 +33,18 @@ _this_thread = threading.local()
 class Stop:
     """Where the first transaction is stopped: right after a call of its journal."""
 
-    after: str | int
-    """The call's name, or how many calls."""
-    calls: int = 0
+    after: str
+    """The call's name."""
+    time: int = 1
+    """Which of its calls of that name."""
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def called(self, name: str) -> None:
-        self.calls += 1
-        if not self.reached.is_set() and self.after in (name, self.calls):
+        if name != self.after:
+            return
+        self.time -= 1
+        if self.time == 0:
             self.reached.set()
             assert self.go_on.wait(_TOO_LONG)
 
@@ -75,13 +78,14 @@ def overlap(
     first: Callable[[], object],
     second: Callable[[], object],
     *,
-    after: str | int,
+    after: str,
+    time: int = 1,
 ) -> bool:
     """Run *first* up to its stop, then *second* until it is done or blocked, then both to the end.
 
     Returns whether *second* had to wait. Nothing else may use the engine's database meanwhile.
     """
-    stop = Stop(after)
+    stop = Stop(after, time)
     errors: list[BaseException] = []
 
     def run_first() -> None:

@@ -1,4 +1,5 @@
-"""An order saga for tests: a start, three steps in parallel, and a join that completes it.
+"""An order saga for tests: a start, three steps in parallel, a join of two of their answers that can
+be undone, and a join of all three that completes the saga.
 
 Every step and every compensation leaves a row in the table `effect`, so that a test can see what is
 there, what is there twice, and what came too late.
@@ -97,9 +98,10 @@ class Shop:
     kind: type[Participant] = Participant
     settings: ReceiveSettings | None = None
     failures: Counter[str] = field(default_factory=Counter)
-    """How many more times each "participant.do" or "participant.undo" raises `Broken`."""
+    """How many more times each "actor.do" or "actor.undo" raises `Broken`. The actors are the
+    participants, and "prepare" for the first join."""
     before: Callable[[str], None] = lambda _: None
-    """Called with "participant.do" or "participant.undo" after it has written."""
+    """Called with "actor.do" or "actor.undo" after it has written."""
 
     def __post_init__(self) -> None:
         self.registry = Registry()
@@ -109,7 +111,7 @@ class Shop:
             connection.execute(
                 text(
                     "CREATE TABLE IF NOT EXISTS effect (at bigint GENERATED ALWAYS AS IDENTITY, "
-                    "saga_id uuid, participant text, what text)"
+                    "saga_id uuid, actor text, what text)"
                 )
             )
         self.order = self._participant("order")
@@ -153,7 +155,7 @@ class Shop:
         found = self.rows(
             "SELECT * FROM effect WHERE saga_id = :saga_id ORDER BY at", saga_id=saga_id
         )
-        return [f"{row.participant}.{row.what}" for row in found]
+        return [f"{row.actor}.{row.what}" for row in found]
 
     def states(self, saga_id: UUID) -> dict[str, str]:
         """Where the saga stands with each participant that knows it."""
@@ -194,6 +196,15 @@ class Shop:
         def cancel(created: OrderCreated, session: Session) -> None:
             self._act(session, "order.undo")
 
+        @self.order.join(StockReserved, PointsAdded)
+        def prepare(stock: StockReserved, points: PointsAdded, session: Session) -> None:
+            self._act(session, "prepare.do")
+
+        @prepare.compensation
+        def unprepare(stock: StockReserved, points: PointsAdded, session: Session) -> None:
+            assert (type(stock), type(points)) == (StockReserved, PointsAdded)
+            self._act(session, "prepare.undo")
+
         @self.order.join(
             StockReserved, PointsAdded, ShipmentCreated, emits=OrderConfirmed, completes=True
         )
@@ -232,10 +243,10 @@ class Shop:
 
     @staticmethod
     def _write(session: Session, saga_id: UUID, what: str) -> None:
-        participant, _, verb = what.partition(".")
+        actor, _, verb = what.partition(".")
         session.execute(
-            text("INSERT INTO effect (saga_id, participant, what) VALUES (:saga, :who, :what)"),
-            {"saga": saga_id, "who": participant, "what": verb},
+            text("INSERT INTO effect (saga_id, actor, what) VALUES (:saga, :who, :what)"),
+            {"saga": saga_id, "who": actor, "what": verb},
         )
 
 
@@ -246,15 +257,15 @@ def check_whole(shop: Shop, saga_id: UUID) -> str:
     assert set(states) == {"order", *BRANCHES}, f"not heard of everywhere: {states}"
     assert len(set(states.values())) == 1, f"ended in more than one way: {states}"
     (end,) = set(states.values())
-    by_participant: dict[str, list[str]] = {name: [] for name in states}
+    by_actor: dict[str, list[str]] = {name: [] for name in ("order", "prepare", *BRANCHES)}
     for effect in shop.effects(saga_id):
-        participant, _, what = effect.partition(".")
-        by_participant[participant].append(what)
-    for participant, effects in by_participant.items():
+        actor, _, what = effect.partition(".")
+        by_actor[actor].append(what)
+    for actor, effects in by_actor.items():
         if end == "completed":
-            expected = [["do", "confirm"]] if participant == "order" else [["do"]]
+            expected = [["do", "confirm"]] if actor == "order" else [["do"]]
         else:
             assert end == "compensated", f"not at its end: {states}"
-            expected = [["do", "undo"], *([] if participant == "order" else [[]])]
-        assert effects in expected, f"{end}, but {participant} has {effects}"
+            expected = [["do", "undo"], *([] if actor == "order" else [[]])]
+        assert effects in expected, f"{end}, but {actor} has {effects}"
     return end

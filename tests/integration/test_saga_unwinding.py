@@ -48,8 +48,9 @@ def test_one_rejection_undoes_all_branches_in_whatever_order_they_ran(
     shop.play.settle()
     assert check_whole(shop, saga_id) == "compensated"
     assert shop.steps(saga_id)[f"{rejecting}.act"] == "rejected"
-    others = [f"{name}.{what}" for name in BRANCHES if name != rejecting for what in ("do", "undo")]
-    assert sorted(shop.effects(saga_id)) == sorted([*others, "order.do", "order.undo"])
+    for name in BRANCHES:
+        effects = [one for one in shop.effects(saga_id) if one.startswith(name)]
+        assert effects == ([] if name == rejecting else [f"{name}.do", f"{name}.undo"])
 
 
 def test_a_rejection_takes_back_the_steps_writes_and_publishes_the_abort_with_it(
@@ -123,7 +124,7 @@ def test_duplicates_have_no_second_effect_even_when_the_inbox_has_forgotten_them
     shop.play.settle()
     before = shop.effects(completed), shop.effects(compensated), shop.published(completed)
     shop.run("DELETE FROM outbox.inbox")
-    for message in list(shop.play.delivered):
+    for message in [one for one in shop.play.delivered if one.handler is None]:
         assert "handled" in str(shop.play.deliver(message))
     shop.play.settle()
     assert check_whole(shop, completed) == "completed"

@@ -1,0 +1,178 @@
+"""A saga is whole at its end, however its messages were shuffled, repeated, delayed and overlapped.
+
+And the test of the test: with any one guard taken out of the journal, the same plays find a saga
+that is not whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from random import Random
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, create_engine
+
+from saga import store
+from saga.journal import ClaimedRun, RunKey, SagaRow, SagaState, StepState
+from saga.store import SqlJournal
+from tests.databases import Databases
+from tests.interleaving import play
+from tests.overlapping import StoppingParticipant
+from tests.sagas import Shop
+
+PLAYS_TO_FIND_A_MUTANT = 250
+
+
+@pytest.fixture(scope="module")
+def engine(databases: Databases) -> Iterator[Engine]:
+    """One database for all plays; each is a saga of its own."""
+    url = databases.create_migrated()
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
+    databases.drop(url)
+
+
+@pytest.fixture(scope="module")
+def shop(engine: Engine) -> Shop:
+    return Shop(engine, StoppingParticipant)
+
+
+@settings(
+    max_examples=120,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data())
+def test_every_saga_ends_whole_whatever_comes_when_and_how_often(
+    shop: Shop, data: st.DataObject
+) -> None:
+    end = play(shop, lambda below: data.draw(st.integers(0, below - 1)))
+    assert end in ("completed", "compensated")
+
+
+def test_the_plays_do_see_both_ends(shop: Shop) -> None:
+    ends = {play(shop, Random(seed).randrange) for seed in range(10)}
+    assert ends == {"completed", "compensated"}
+
+
+# ---- the guards, each taken out ----
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+MUTANTS: dict[str, Patch] = {}
+
+
+def mutant(function: Patch) -> Patch:
+    MUTANTS[function.__name__] = function
+    return function
+
+
+@mutant
+def the_tombstone_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    real = SqlJournal.lock
+
+    def lock(self: SqlJournal, saga_id: UUID) -> SagaRow:
+        saga = real(self, saga_id)
+        if self._participant == "order" or saga.state is not SagaState.COMPENSATED:
+            return saga
+        return replace(saga, state=SagaState.COMPLETED)
+
+    patch.setattr(SqlJournal, "lock", lock)
+
+
+@mutant
+def the_sagas_row_is_not_locked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(store, "_LOCK_SAGA", store._LOCK_SAGA.replace("FOR UPDATE", ""))
+
+
+@mutant
+def a_join_does_not_look_for_an_abort(patch: pytest.MonkeyPatch) -> None:
+    real = SqlJournal.lock
+    without_check = store._MOVE_SAGA.replace("AND state = :before", "")
+
+    def lock(self: SqlJournal, saga_id: UUID) -> SagaRow:
+        saga = real(self, saga_id)
+        if self._participant != "order" or not saga.state.aborted:
+            return saga
+        return replace(saga, state=SagaState.RUNNING)
+
+    patch.setattr(SqlJournal, "lock", lock)
+    patch.setattr(store, "_MOVE_SAGA", without_check)
+
+
+@mutant
+def a_join_fires_again(patch: pytest.MonkeyPatch) -> None:
+    forget_runs(patch, lambda key: key.step in ("prepare", "confirm"))
+    real = SqlJournal.lock
+
+    def lock(self: SqlJournal, saga_id: UUID) -> SagaRow:
+        saga = real(self, saga_id)
+        completed = self._participant == "order" and saga.state is SagaState.COMPLETED
+        return replace(saga, state=SagaState.RUNNING) if completed else saga
+
+    patch.setattr(SqlJournal, "lock", lock)
+    without_check = store._MOVE_SAGA.replace("AND state = :before", "")
+    patch.setattr(store, "_MOVE_SAGA", without_check)
+
+
+@mutant
+def a_step_does_not_look_whether_it_ran(patch: pytest.MonkeyPatch) -> None:
+    forget_runs(patch, lambda key: key.step == "act")
+
+
+@mutant
+def a_rejection_keeps_what_the_step_wrote(patch: pytest.MonkeyPatch) -> None:
+    def savepoint(self: SqlJournal) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    patch.setattr(SqlJournal, "savepoint", savepoint)
+
+
+@mutant
+def a_compensation_does_not_look_whether_it_ran(patch: pytest.MonkeyPatch) -> None:
+    real = SqlJournal.claim
+
+    def claim(self: SqlJournal, key: RunKey) -> ClaimedRun | None:
+        run = real(self, key)
+        return None if run is None else replace(run, state=StepState.COMPENSATING)
+
+    patch.setattr(SqlJournal, "claim", claim)
+    without_check = store._ADVANCE_RUN.replace("AND state = :before", "")
+    patch.setattr(store, "_ADVANCE_RUN", without_check)
+
+
+@mutant
+def an_abort_forgets_what_was_done(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SqlJournal, "runs", lambda self, saga_id: [])
+
+
+def forget_runs(patch: pytest.MonkeyPatch, which: Callable[[RunKey], bool]) -> None:
+    """`find` finds nothing, and the primary key that would notice is got around."""
+    real = SqlJournal.find
+
+    def find(self: SqlJournal, key: RunKey) -> StepState | None:
+        return None if which(key) else real(self, key)
+
+    patch.setattr(SqlJournal, "find", find)
+    patch.setattr(store, "_INSERT_RUN", store._INSERT_RUN.rstrip() + " ON CONFLICT DO NOTHING")
+
+
+@pytest.mark.parametrize("guard", MUTANTS)
+def test_a_journal_without_one_of_its_guards_is_found_out(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, guard: str
+) -> None:
+    MUTANTS[guard](monkeypatch)
+    for seed in range(PLAYS_TO_FIND_A_MUTANT):
+        try:
+            play(shop, Random(seed).randrange)
+        except Exception as error:
+            print(f"found in play {seed + 1}: {error!r}"[:300])
+            return
+    pytest.fail(f"{PLAYS_TO_FIND_A_MUTANT} plays did not notice that {guard}")
