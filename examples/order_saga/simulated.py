@@ -52,6 +52,16 @@ def simulation(faults: Faults | None = None, *, sample: int | None = 2) -> Simul
     )
 
 
+def one_order(number: int) -> Simulation:
+    """A choreography small enough to be explored: one of the `ORDERS`, and nobody who only listens."""
+    whole = simulation(sample=None)
+    return Simulation(
+        services=[one for one in whole.services if one.service is not analytics],
+        requests=[whole.requests[number]],
+        invariants=[every_order_is_whole],
+    )
+
+
 def every_order_is_whole(world: World) -> None:
     """Confirmed: everyone did their part, once. Cancelled: nothing of it is left anywhere."""
     orders = {row.id: row.status for row in world["order"].query("SELECT id, status FROM orders")}
