@@ -50,13 +50,13 @@ def report(run: subprocess.CompletedProcess[str], report_file: Path) -> dict[str
     return report
 
 
-def test_it_succeeds_and_complains_of_nothing(self, run: subprocess.CompletedProcess[str]) -> None:
+def test_it_succeeds_and_complains_of_nothing(run: subprocess.CompletedProcess[str]) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
     assert "Traceback" not in run.stdout
 
 
-def test_every_order_ends_confirmed_or_cancelled(self, report: dict[str, Any]) -> None:
+def test_every_order_ends_confirmed_or_cancelled(report: dict[str, Any]) -> None:
     orders = report["orders"]
     assert orders["placed"] == ORDERS
     assert orders["confirmed"] + orders["cancelled"] == ORDERS
@@ -64,7 +64,7 @@ def test_every_order_ends_confirmed_or_cancelled(self, report: dict[str, Any]) -
     assert report["audit"] == {"violations": []}
 
 
-def test_no_event_is_lost_and_none_is_made_up(self, report: dict[str, Any]) -> None:
+def test_no_event_is_lost_and_none_is_made_up(report: dict[str, Any]) -> None:
     events = report["events"]
     assert events["published"] > 4 * ORDERS
     assert (events["lost"], events["phantom"]) == (0, 0)
@@ -72,7 +72,7 @@ def test_no_event_is_lost_and_none_is_made_up(self, report: dict[str, Any]) -> N
 
 
 def test_a_service_is_killed_missed_by_nobody_and_catches_up(
-    self, report: dict[str, Any], run: subprocess.CompletedProcess[str]
+    report: dict[str, Any], run: subprocess.CompletedProcess[str]
 ) -> None:
     assert report["outage"]["service"] == "users"
     assert report["outage"]["orders_accepted_meanwhile"] >= ORDERS // 4
@@ -81,19 +81,19 @@ def test_a_service_is_killed_missed_by_nobody_and_catches_up(
     assert "0 events handled" in run.stdout
 
 
-def test_latencies_are_measured(self, report: dict[str, Any]) -> None:
+def test_latencies_are_measured(report: dict[str, Any]) -> None:
     for name in ("accept", "settle"):
         assert 0 < report["latency_ms"][name]["p50"] <= report["latency_ms"][name]["p99"]
 
 
-def test_each_of_the_three_services_says_no(self, run: subprocess.CompletedProcess[str]) -> None:
+def test_each_of_the_three_services_says_no(run: subprocess.CompletedProcess[str]) -> None:
     said = next(line for line in run.stdout.splitlines() if "no was said by" in line)
     for service in ("inventory", "users", "shipping"):
         assert f"{service} to " in said
 
 
 def test_one_order_is_told_from_its_beginning_to_its_end(
-    self, run: subprocess.CompletedProcess[str]
+    run: subprocess.CompletedProcess[str],
 ) -> None:
     told = run.stdout.partition("An order that could not be fulfilled")[2]
     assert "stored the order" in told

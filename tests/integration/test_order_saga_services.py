@@ -50,7 +50,7 @@ def test_an_order_for_more_than_there_is_leaves_no_item_taken(shop: OrderSaga) -
     order_id = shop.place(quantities={"chair": 1, "lamp": 11})
     shop.play.settle()
     order = shop.order(order_id)
-    assert (order.status, order.reason) == ("cancelled", "there are no 11 of lamp left")
+    assert (order.status, order.reason) == ("cancelled", "fewer than 11 of lamp are left")
     assert shop.stock == STOCK
     assert shop.reservations == []
     assert shop.points == NOTHING_EARNED

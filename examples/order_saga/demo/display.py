@@ -85,7 +85,13 @@ def _drawn(view: View) -> Group:
         table.add_row(
             Text(f"         {name}", style="bold"),
             Text(state, style=STYLES[state]),
-            ProgressBar(total=view.total, completed=seen, width=40),
+            ProgressBar(
+                total=view.total,
+                completed=seen,
+                width=40,
+                complete_style=STYLES[state],
+                finished_style="green",
+            ),
             Text(f"{seen} orders", style="dim"),
         )
     glance = view.glance

@@ -57,4 +57,7 @@ def replay(missing: Sequence[Missing], broker_url: str) -> int:
 def _is_empty(queue: str, broker_url: str) -> bool:
     with Connection(broker_url) as connection:
         channel: Any = connection.default_channel
-        return bool(channel.queue_declare(queue, passive=True).message_count == 0)
+        try:
+            return bool(channel.queue_declare(queue, passive=True).message_count == 0)
+        except connection.channel_errors:
+            return True  # in Redis an empty list is no list

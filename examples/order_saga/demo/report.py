@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
@@ -38,12 +37,15 @@ def print_report(console: Console, summary: Summary) -> None:
     _pairs(console, _outage(summary))
     _heading(console, f"{summary.latecomer.service.capitalize()}, added while the others ran")
     _pairs(console, _latecomer(summary))
+    _heading(console, "Events")
+    _pairs(console, _events(summary))
     for title, order in _told_orders(summary):
         _heading(console, f"{title}: order {str(order.id)[:8]}")
         console.print(_timeline_table(timeline(summary.told.books, order)))
     _heading(console, "Audit of all five databases")
     console.print(_audit_table(summary.findings))
     _print_violations(console, summary.findings)
+    console.print()
 
 
 def _heading(console: Console, text: str) -> None:
@@ -96,7 +98,7 @@ def _outage(summary: Summary) -> Iterator[tuple[str, str]]:
             "in that time"
         ),
     )
-    yield str(outage.accepted_meanwhile), "orders accepted meanwhile, as fast as ever"
+    yield str(outage.accepted_meanwhile), "orders accepted meanwhile"
     if outage.caught_up:
         yield (
             f"{outage.caught_up_seconds:.1f} s",
@@ -104,11 +106,6 @@ def _outage(summary: Summary) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "[red]no[/]", "it has not caught up"
-    if summary.told.replayed:
-        yield (
-            str(summary.told.replayed),
-            ("events died inside Redis with the worker, and were sent again from the outbox"),
-        )
 
 
 def _latecomer(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -121,12 +118,29 @@ def _latecomer(summary: Summary) -> Iterator[tuple[str, str]]:
         yield str(counters.get(name, 0)), f"{name} counted, older ones among them"
 
 
+def _events(summary: Summary) -> Iterator[tuple[str, str]]:
+    traffic = summary.told.traffic
+    yield (
+        str(traffic.published),
+        f"published, which makes {traffic.expected} deliveries to handlers",
+    )
+    yield str(len(traffic.lost)), "of these deliveries lost"
+    yield str(len(traffic.phantom)), "received that nobody had published"
+    yield str(traffic.redelivered), "messages came more than once, as some do after a kill"
+    yield str(traffic.absorbed), "deliveries absorbed by an inbox, which had had them before"
+    if summary.told.replayed:
+        yield (
+            str(summary.told.replayed),
+            ("had died inside Redis with the worker, and were sent again from the outbox"),
+        )
+
+
 def _told_orders(summary: Summary) -> Iterator[tuple[str, Order]]:
     told = summary.told
     waited = order_of_the_outage(told.books, told.killed_at, told.restarted_at)
     if waited is not None:
         yield "An order that waited for the dead service", waited
-    unfulfilled = unfulfilled_order(told.books)
+    unfulfilled = unfulfilled_order(told.books, told.killed_at)
     if unfulfilled is not None:
         yield "An order that could not be fulfilled", unfulfilled
 
@@ -143,15 +157,15 @@ def _timeline_table(moments: Sequence[Moment]) -> Padding:
     return Padding(table, (0, 0, 0, 2))
 
 
-def _audit_table(findings: Sequence[Finding]) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=True)
+def _audit_table(findings: Sequence[Finding]) -> Padding:
+    table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_column(style="dim")
     for finding in findings:
         sign = "[green]✓[/]" if finding.holds else "[bold red]✗[/]"
         table.add_row(sign, finding.promise, finding.counted)
-    return table
+    return Padding(table, (0, 0, 0, 2))
 
 
 def _print_violations(console: Console, findings: Sequence[Finding]) -> None:

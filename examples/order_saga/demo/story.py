@@ -174,8 +174,8 @@ class Story:
         if died_in_hand(traffic.lost, VICTIM, killed_at, broker_url):
             self._replayed = replay(traffic.lost, broker_url)
             self.display.say(
-                f"{self._replayed} event(s) died inside Redis in the hands of {VICTIM}: sent again "
-                "from the outbox, which keeps them all"
+                f"Redis has let {self._replayed} die in the hands of {VICTIM}: sent again from "
+                "the outbox, which keeps every event"
             )
 
     def _nothing_moves(self, deadline: float) -> bool:

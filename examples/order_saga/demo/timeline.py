@@ -35,19 +35,18 @@ def timeline(books: Books, order: Order) -> list[Moment]:
     return sorted(moments, key=lambda moment: moment.at)
 
 
-def unfulfilled_order(books: Books) -> Order | None:
-    """A cancelled order that had something to undo, the shorter its story the better."""
-    undone = {
-        order.id: sum(
-            step.state == "compensated"
-            for _, step in _steps_of(books, order.id)
-            if step.step != START
-        )
-        for order in books.orders.values()
-        if order.status == "cancelled"
-    }
-    cancelled = [books.orders[id] for id in undone]
-    return min(cancelled, key=lambda order: (-undone[order.id], _took(order)), default=None)
+def unfulfilled_order(books: Books, killed_at: datetime) -> Order | None:
+    """A cancelled order with much to undo, if there is one from before a service was killed."""
+    cancelled = [order for order in books.orders.values() if order.status == "cancelled"]
+    return min(
+        cancelled,
+        key=lambda order: (
+            _last_change(books, order) > killed_at,
+            -_undone(books, order),
+            _last_change(books, order) - order.created_at,
+        ),
+        default=None,
+    )
 
 
 def order_of_the_outage(books: Books, killed_at: datetime, restarted_at: datetime) -> Order | None:
@@ -106,5 +105,11 @@ def _counted(books: Books, order_id: UUID) -> Iterator[Moment]:
             yield Moment(row.received_at, "analytics", f"counted {of_order[row.event_id]}", ".")
 
 
-def _took(order: Order) -> float:
-    return ((order.settled_at or order.created_at) - order.created_at).total_seconds()
+def _undone(books: Books, order: Order) -> int:
+    steps = _steps_of(books, order.id)
+    return sum(step.state == "compensated" and step.step != START for _, step in steps)
+
+
+def _last_change(books: Books, order: Order) -> datetime:
+    changes = [step.changed_at for _, step in _steps_of(books, order.id)]
+    return max(changes, default=order.created_at)

@@ -21,7 +21,7 @@ def reserve_stock(order: OrderCreated, session: Session) -> StockReserved:
             raise Reject(
                 StockRejected(
                     order_id=order.order_id,
-                    reason=f"there are no {item.quantity} of {item.sku} left",
+                    reason=f"fewer than {item.quantity} of {item.sku} are left",
                 )
             )
         session.add(Reservation(order_id=order.order_id, sku=item.sku, quantity=item.quantity))
