@@ -264,6 +264,11 @@ class Participant(Service):
                 f"{reaction.place}: participant {self.name} has a {taken.kind} named "
                 f"{reaction.name} already, at {taken.place}; give one of them another name"
             )
+        if self.handler(f"{self.name}.{reaction.name}") is not None:
+            raise ConfigurationError(
+                f"{reaction.place}: participant {self.name} has a handler named "
+                f"{self.name}.{reaction.name} already (@{self.name}.on); rename one of them"
+            )
         self._reactions[reaction.name] = reaction
         self._add(
             Handler(
