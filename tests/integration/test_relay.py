@@ -360,7 +360,8 @@ def test_a_log_restored_into_another_cluster_stops_the_relay_and_can_be_adopted(
         connection.execute(
             "UPDATE outbox.outbox_cursor SET snapshot = format('%s:%s:', x + 1000000, x + 1000000)::pg_snapshot, "
             "ceil = (ceil::text::bigint + 1000000)::text::xid8 "
-            "FROM (SELECT pg_snapshot_xmax(snapshot)::text::bigint AS x, ctid AS id FROM outbox.outbox_cursor) AS c WHERE c.id = outbox_cursor.ctid"
+            "FROM (SELECT pg_snapshot_xmax(snapshot)::text::bigint AS x, ctid AS id "
+            "FROM outbox.outbox_cursor) AS c WHERE c.id = outbox_cursor.ctid"
         )
         with pytest.raises(ConfigurationError, match="adopt-cluster"):
             Relay(migrated_engine.url, MemoryBus()).run()
