@@ -141,7 +141,7 @@ def test_a_product_that_is_not_sold_is_refused(client: Client, engine: Engine) -
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", f"/orders/00000000-0000-4000-8000-000000000000", 404),
+        ("GET", "/orders/00000000-0000-4000-8000-000000000000", 404),
         ("GET", "/orders/1", 404),
         ("GET", "/orders", 405),
         ("GET", "/", 404),
