@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _WRONG_SHAPE: Final = (AttributeError, KeyError, TypeError, ValueError)
 
 
-class Consumer(CeleryConsumer):  # type: ignore[misc, unused-ignore]
+class Consumer(CeleryConsumer):
     """Set as `worker_consumer` by `outbox.celery.setup`."""
 
     strategies: dict[str, Callable[..., None]]

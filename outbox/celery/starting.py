@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 
-class PrepareStep(bootsteps.Step):  # type: ignore[misc, unused-ignore]
+class PrepareStep(bootsteps.Step):
     """Runs while the worker is being made. Raises `ConfigurationError`, which ends it."""
 
     def __init__(self, worker: Any, **options: Any) -> None:

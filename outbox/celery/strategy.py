@@ -77,7 +77,7 @@ class RawMessage:
         self.payload = self.body = (arguments, {"wire": wire}, dict[str, Any]())
 
 
-class EventRequest(Request):  # type: ignore[misc, unused-ignore]
+class EventRequest(Request):
     """A request that is acknowledged only when its task has returned: then it is settled.
 
     Celery acknowledges what was revoked, killed by `terminate`, or raised an error outside the

@@ -86,7 +86,7 @@ class OwnQueue:
         )
 
 
-class SweeperStep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
+class SweeperStep(bootsteps.StartStopStep):
     """Runs the sweeper in the worker's main process, from when its pool has started."""
 
     requires = ("celery.worker.components:Pool",)

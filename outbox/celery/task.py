@@ -23,7 +23,7 @@ TASK_NAME: Final = "outbox.receive"
 _PAUSE: Final = 1.0
 
 
-class ReceiveTask(Task):  # type: ignore[type-arg, misc, unused-ignore]
+class ReceiveTask(Task):  # type: ignore[type-arg]
     """Hands a message's bytes to the receiver. Returns once all of it is settled."""
 
     name = TASK_NAME

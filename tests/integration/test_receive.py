@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox import dead_letters, pending, quarantine
+from outbox import attempt, dead_letters, pending, quarantine
+from outbox.attempt import Work
 from outbox.errors import ConfigurationError
 from outbox.receive import Outcome, ReceiveSettings
 from outbox.service import Delivery, Handler, RetryPolicy
@@ -208,6 +209,19 @@ def test_a_message_whose_note_was_withdrawn_is_not_run(billing: Subscriber) -> N
     assert billing.effects == []
 
 
+def test_a_delivery_settled_between_its_note_and_its_run_is_not_run(billing: Subscriber) -> None:
+    billing.service.on(Placed)(billing.write("billed"))
+    envelope = billing.placed()
+    work = Work(billing.service, billing.service.handlers[0], envelope, addressed=True)
+    with billing.session() as session, session.begin():
+        pending.schedule(session, "billing", BILL, envelope)
+        assert attempt.note(session, work) == pending.Noted(1)
+        pending.withdraw(session, BILL, envelope.id)
+        outcome = attempt.deliver(session, work, Placed(order="o1"), 1, noted=True)
+
+    assert (outcome, billing.effects) == (Outcome.STALE, [])
+
+
 def test_the_exhausted_hook_writes_in_the_transaction_that_parks(billing: Subscriber) -> None:
     def exhausted(delivery: Delivery, session: Session, error: BaseException) -> None:
         assert len(session.execute(text("SELECT 1 FROM outbox.dead_letter")).all()) == 1
@@ -286,10 +300,10 @@ def test_one_that_kills_its_worker_each_time_is_parked(billing: Subscriber) -> N
 
     with pytest.raises(SystemExit):
         billing.receive(envelope)
-    for attempt in range(1, AT_ONCE.attempts + 1):
+    for number in range(1, AT_ONCE.attempts + 1):
         with pytest.raises(SystemExit):
-            billing.receive(envelope, redelivered=attempt == 1, handler=_again(attempt, name))
-        assert billing.owed[0].attempts == attempt
+            billing.receive(envelope, redelivered=number == 1, handler=_again(number, name))
+        assert billing.owed[0].attempts == number
     receipt = billing.receive(envelope, handler=name)
 
     assert receipt.outcomes == {name: Outcome.PARKED}
@@ -502,6 +516,6 @@ def _exit(event: Placed, session: Session) -> None:
     raise SystemExit
 
 
-def _again(attempt: int, name: str) -> str | None:
+def _again(number: int, name: str) -> str | None:
     """The broker redelivers the first; from then on the note is what it is sent again from."""
-    return None if attempt == 1 else name
+    return None if number == 1 else name
