@@ -19,21 +19,15 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-FINE, BLOCKED_CUSTOMER = 0, 1
+FINE = 0
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("order", "budget"),
-    [
-        (FINE, Budget(0, 0, 1)),
-        (BLOCKED_CUSTOMER, Budget(1, 0, 0)),
-        (BLOCKED_CUSTOMER, Budget(0, 1, 0)),
-    ],
-    ids=["fine with a crash", "rejected with a duplicate", "rejected with a reordering"],
+    "budget", [Budget(0, 1, 0), Budget(0, 0, 1)], ids=["a reordering", "a crash"]
 )
-def test_every_course_of_an_order_ends_whole(order: int, budget: Budget) -> None:
-    explored = explore(one_order(order), budget)
+def test_every_course_of_an_order_ends_whole(budget: Budget) -> None:
+    explored = explore(one_order(FINE), budget)
     print(f"{explored.states} distinct states, {explored.actions} actions, {explored.courses} ends")
     assert explored.states > 100
 

@@ -13,7 +13,7 @@ from examples.order_saga.simulated import simulation
 from saga.testing.simulation import Broken, Simulation
 from tests.simulation.mutants import MUTANTS
 
-SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "60"))
+SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
 SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
 FOUND_WITHIN = 150
 
