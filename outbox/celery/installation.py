@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import URL, Engine
 
 from outbox.bell import Bell
-from outbox.buses.topology import QueueType, Topology, kombu_queue
+from outbox.buses.topology import QueueType, Topology, kombu_exchange, kombu_queue
 from outbox.errors import ConfigurationError
 from outbox.receive import Receiver, ReceiveSettings
 from outbox.service import Service
@@ -37,7 +37,13 @@ class Installation:
     @property
     def queue(self) -> Any:
         """The service's queue as the broker should have it, bound to what handlers take now."""
-        return kombu_queue(Topology.of(self.service, queue_type=self.queue_type))
+        topology = Topology.of(self.service, queue_type=self.queue_type)
+        queue: Any = kombu_queue(topology)
+        # kombu leaves a queue of several bindings without an exchange, and Celery then binds it to
+        # its default one: where the app's own tasks go.
+        queue.exchange = kombu_exchange(topology.exchange)
+        queue.routing_key = next(iter(topology.bindings), "")
+        return queue
 
 
 _installations: WeakKeyDictionary[Celery, Installation] = WeakKeyDictionary()

@@ -51,6 +51,16 @@ def test_the_worker_consumes_the_services_queue_and_the_apps_own(
     assert set(app.amqp.queues.consume_from) == {"celery", "billing.events"}
 
 
+def test_the_queue_is_bound_to_the_events_exchange_alone(app: Celery, billing: Service) -> None:
+    setup(app, billing, database_url=URL)
+    worker_starts(app)
+
+    queue = app.amqp.queues.consume_from["billing.events"]
+
+    assert {queue.exchange.name, *(bound.exchange.name for bound in queue.bindings)} == {"events"}
+    assert {queue.routing_key, *_bound(app)} == {"order.placed"}
+
+
 def test_a_worker_may_consume_events_only(app: Celery, billing: Service) -> None:
     setup(app, billing, database_url=URL, events_only=True)
 

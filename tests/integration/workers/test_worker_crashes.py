@@ -39,7 +39,6 @@ def test_a_worker_killed_on_the_way_loses_nothing_and_repeats_nothing(
     next_worker = billing.worker("--pool", "solo", BILLING_VISIBILITY="1")
     eventually(lambda: billing.effects_of(order), 20, lambda: next_worker.log)
     _until_nothing_is_left(billing)
-    assert next_worker.terminate() == 0
     assert billing.effects_of(order) == [order]
 
 
@@ -68,7 +67,6 @@ def test_events_wait_for_a_database_that_is_away(
         eventually(lambda: billing.effects_of("meanwhile"), 30, lambda: worker.log)
         eventually(lambda: billing.rows("SELECT 1 FROM outbox.quarantine"), 30, lambda: worker.log)
         assert billing.rows("SELECT 1 FROM outbox.dead_letter") == []
-        assert worker.terminate() == 0
     finally:
         billing.close()
 
