@@ -1,123 +1,198 @@
-"""What one participant promises and expects, as a file: so that services in separate repositories are checked together.
+"""What one service promises and expects, as a file: so that services in separate repositories can be
+checked together.
 
-`saga export` writes it, `saga check` reads it. It holds the declarations with their places in the source, and the JSON
-Schema of every event that the participant writes or reads.
+`saga export` writes it, `saga check` and `saga diff` read it. It holds the declarations with their
+places in the source, and the JSON Schema of every event that the service writes or reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from outbox.errors import ConfigurationError
-from outbox.events import EventType, Registry
+from outbox.events import EventType, Registry, brief
+from outbox.service import Handler, Service
 from saga.choreography import EventRef, ParticipantSpec
-
-if TYPE_CHECKING:
-    from saga.participant import Participant
+from saga.participant import Participant
 
 FORMAT: Final = 1
 
 
 @dataclass(frozen=True)
 class EventContract:
-    """One event type as one participant knows it."""
+    """One event type in one version, as one service knows it."""
 
     event: EventRef
     key: str | None
     ordered: bool
-    schema: dict[str, Any]
-    """JSON Schema of the payload."""
-    reads: tuple[int, ...] = ()
-    """The versions that this participant can read, upcasters included."""
+    accepted: dict[str, Any]
+    """JSON Schema of the payloads that it can read."""
+    written: dict[str, Any]
+    """JSON Schema of the payloads that it writes."""
+    reads: tuple[int, ...]
+    """The versions that it reads as this one, upcasters included."""
 
 
 @dataclass(frozen=True)
 class Contract:
-    """One participant's declarations and events."""
+    """One service's declarations and events. A plain service has no starts, steps or joins."""
 
     participant: ParticipantSpec
     events: tuple[EventContract, ...]
-    subscribes: tuple[str, ...] = ()
-    """Event types that it takes without being part of the saga."""
+    subscribes: tuple[EventRef, ...] = ()
+    """What it takes without being part of the saga."""
     format: int = FORMAT
+
+    @property
+    def name(self) -> str:
+        return self.participant.name
+
+    @property
+    def takes(self) -> tuple[EventRef, ...]:
+        """What it takes, inside of sagas and outside."""
+        spec = self.participant
+        refs = [step.on for step in spec.steps]
+        refs += [ref for join in spec.joins for ref in join.on]
+        return tuple(dict.fromkeys([*refs, *self.subscribes]))
+
+    @property
+    def says(self) -> tuple[EventRef, ...]:
+        """What it is declared to emit or to reject with."""
+        spec = self.participant
+        refs = [start.event for start in spec.starts]
+        refs += [ref for one in (*spec.steps, *spec.joins) for ref in (*one.emits, *one.rejects)]
+        return tuple(dict.fromkeys(refs))
 
     def event(self, ref: EventRef) -> EventContract | None:
         return next((event for event in self.events if event.event == ref), None)
+
+    def read_as(self, ref: EventRef) -> EventContract | None:
+        """What an event is read as here, once its upcasters have run; None where it cannot be read."""
+        return next(
+            (
+                event
+                for event in self.events
+                if event.event.name == ref.name and ref.version in event.reads
+            ),
+            None,
+        )
 
 
 _ADAPTER: Final = TypeAdapter(Contract)
 
 
-def contract_of(participant: Participant) -> Contract:
-    """The contract of a participant as it is declared in this process."""
-    spec = participant.spec
-    mentioned = {ref.name for ref in _refs(spec)} | set(participant.subscriptions)
+def contract_of(service: Service) -> Contract:
+    """The contract of a participant, or of a plain service, as it is declared in this process."""
+    spec = (
+        service.spec
+        if isinstance(service, Participant)
+        else ParticipantSpec(service.name, (), (), ())
+    )
+    bare = Contract(spec, (), tuple(sorted(set(_subscriptions(service, spec)))))
+    mentioned = {ref.name for ref in (*bare.takes, *bare.says)}
     events = [
-        _event_contract(event_type, participant.registry)
-        for event_type in participant.registry
+        _event_contract(event_type, service.registry)
+        for event_type in service.registry
         if event_type.name in mentioned
     ]
-    return Contract(
-        participant=spec,
-        events=tuple(sorted(events, key=lambda event: event.event)),
-        subscribes=tuple(sorted(participant.subscriptions)),
-    )
+    ordered = tuple(sorted(events, key=lambda one: one.event))
+    return Contract(spec, ordered, bare.subscribes)
 
 
 def to_json(contract: Contract) -> str:
-    """The contract as JSON text, the same for the same declarations; paths are relative to here where they can be."""
-    plain = _ADAPTER.dump_python(contract, mode="json")
-    return (
-        json.dumps(_with_relative_places(plain), indent=2, ensure_ascii=False, sort_keys=True)
-        + "\n"
-    )
+    """The contract as JSON text, the same for the same declarations; paths are relative to the
+    working directory where they are below it."""
+    plain = _with_relative_places(_ADAPTER.dump_python(contract, mode="json"))
+    return json.dumps(plain, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def read_contract(path: Path) -> Contract:
-    """Read a contract file. Raises `ConfigurationError` where it is none, or of a format of later releases."""
+    """Read a contract file. Raises `ConfigurationError` where it is none, or of a later format."""
     try:
-        contract = _ADAPTER.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ConfigurationError(f"{path} is no contract: {error}") from error
-    if contract.format > FORMAT:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
+    _refuse_later_format(path, text)
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
         raise ConfigurationError(
-            f"{path} has format {contract.format}; this release reads up to {FORMAT}"
+            f"{path} is no contract (saga export makes one): {brief(error)}"
+        ) from error
+
+
+def relative(file: str) -> str:
+    """*file* as seen from the working directory, if it is below it."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def _refuse_later_format(path: Path, text: bytes) -> None:
+    # Before the rest is looked at: a later format may look like anything.
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return
+    version = found.get("format") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ConfigurationError(
+            f"{path} has format {version} and this release reads up to {FORMAT}: upgrade outbox-saga"
         )
-    return contract
+
+
+def _subscriptions(service: Service, spec: ParticipantSpec) -> Iterator[EventRef]:
+    reactions = {f"{spec.name}.{one.name}" for one in (*spec.steps, *spec.joins)}
+    plain = set(service.subscriptions if isinstance(service, Participant) else service.bindings)
+    for handler in service.handlers:
+        if handler.subscribes and handler.name not in reactions:
+            for name in handler.event_types & plain:
+                yield from _taken_by(handler, name, service.registry)
+
+
+def _taken_by(handler: Handler, name: str, registry: Registry) -> Iterator[EventRef]:
+    for event_type in registry:
+        ref = EventRef.to(event_type)
+        wanted = not handler.versions or (ref.name, ref.version) in handler.versions
+        if ref.name == name and wanted:
+            yield ref
 
 
 def _event_contract(event_type: EventType, registry: Registry) -> EventContract:
-    own = {known.version for known in registry if known.name == event_type.name}
-    upcast = {
-        version for version in range(1, max(own)) if registry.upcasts_from(event_type.name, version)
-    }
-    key = (
-        event_type.key
-        if isinstance(event_type.key, str) or event_type.key is None
-        else "(function)"
-    )
     return EventContract(
         event=EventRef.to(event_type),
-        key=key,
+        key=event_type.key if isinstance(event_type.key, str | None) else "(function)",
         ordered=event_type.ordered,
-        schema=event_type.adapter.json_schema(),
-        reads=tuple(sorted(own | upcast)),
+        accepted=_json_schema(event_type, "validation"),
+        written=_json_schema(event_type, "serialization"),
+        reads=tuple(
+            version
+            for version in range(1, event_type.version + 1)
+            if _becomes(event_type.name, version, registry) == event_type.version
+        ),
     )
 
 
-def _refs(spec: ParticipantSpec) -> Iterable[EventRef]:
-    for start in spec.starts:
-        yield start.event
-    for step in spec.steps:
-        yield from (step.on, *step.emits, *step.rejects)
-    for join in spec.joins:
-        yield from (*join.on, *join.emits, *join.rejects)
+def _becomes(name: str, version: int, registry: Registry) -> int:
+    while registry.upcasts_from(name, version):
+        version += 1
+    return version
+
+
+def _json_schema(
+    event_type: EventType, mode: Literal["validation", "serialization"]
+) -> dict[str, Any]:
+    try:
+        return event_type.adapter.json_schema(mode=mode)
+    except PydanticUserError as error:
+        raise ConfigurationError(
+            f"{event_type} has no JSON Schema, so its contract cannot be told: {error.message}"
+        ) from error
 
 
 def _with_relative_places(value: Any) -> Any:
@@ -128,9 +203,3 @@ def _with_relative_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_relative_places(item) for item in value]
     return value
-
-
-def relative(file: str) -> str:
-    """*file* as seen from the working directory, if it is below it."""
-    path = Path(file)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

@@ -1,0 +1,102 @@
+"""The decision: each way through a saga has one, and nothing can abort behind its back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Final
+
+from saga.findings import Finding, error, listed
+from saga.flow import Action, Flow, Saga, Way
+
+
+def no_decision(flow: Flow) -> Iterator[Finding]:
+    """A saga can be completed."""
+    for saga in flow.sagas:
+        if not any(action.completes for action in saga.actions):
+            yield error(
+                "no-decision",
+                f"{saga} is never completed: give the join that ends it completes=True "
+                "(a join may wait for one event)",
+                saga.start.place,
+            )
+
+
+def undecided_way(flow: Flow) -> Iterator[Finding]:
+    """Where an action has a choice, each answer leads to a decision or to an abort."""
+    for saga in flow.sagas:
+        decided = [way for way in saga.ways if way.decisions]
+        for way in saga.ways if decided else ():
+            if not way.decisions and not _ends_otherwise(way):
+                said = listed(
+                    f"{action} answers with {name}" for action, name in way.chosen.items()
+                )
+                yield error(
+                    "undecided-way",
+                    f"when {said}, nothing completes {saga} or aborts it",
+                    max(way.chosen, key=lambda action: len(way.before[action])).place,
+                )
+
+
+def _ends_otherwise(way: Way) -> bool:
+    rejects_later = any(action in way.before[end] for end in way.aborters for action in way.chosen)
+    goes_round = any(action in way.follows(action) for action in way.actions)
+    return rejects_later or goes_round  # circles have a rule of their own
+
+
+def two_decisions(flow: Flow) -> Iterator[Finding]:
+    """One participant decides. (On one participant the saga's row lock lets only one decide.)"""
+    for saga in flow.sagas:
+        for way in saga.ways:
+            for first, other in pairwise(way.decisions):
+                if first.participant != other.participant:
+                    yield error(
+                        "two-decisions",
+                        f"{first} and {other} both complete {saga}: one of them must only go on",
+                        other.place,
+                    )
+
+
+def abort_after_decision(flow: Flow) -> Iterator[Finding]:
+    """After the decision the saga can only go forward."""
+    for saga, way, decision, end in _decisions_and_aborters(flow):
+        if end in way.follows(decision) and end not in way.before[decision]:
+            yield error(
+                "abort-after-decision",
+                f"{end} can abort after {decision} has completed {saga}: what follows the "
+                "decision may only go forward",
+                end.place,
+            )
+
+
+def abort_beside_decision(flow: Flow) -> Iterator[Finding]:
+    """Whatever can abort comes before the decision, or is on the participant that decides, where
+    one row lock settles the race."""
+    for saga, way, decision, end in _decisions_and_aborters(flow):
+        beside = end not in way.before[decision] and end not in way.follows(decision)
+        if beside and end.participant != decision.participant:
+            said = listed(way.answers(end)) or "an event of it (it emits none)"
+            yield error(
+                "abort-beside-decision",
+                f"{end} can abort while {decision} completes {saga} without waiting for it: let "
+                f"the join wait for {said}",
+                end.place,
+            )
+
+
+def _decisions_and_aborters(flow: Flow) -> Iterator[tuple[Saga, Way, Action, Action]]:
+    for saga in flow.sagas:
+        for way in saga.ways:
+            for decision in way.decisions:
+                for end in way.aborters:
+                    if end is not decision:
+                        yield saga, way, decision, end
+
+
+RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (
+    no_decision,
+    undecided_way,
+    two_decisions,
+    abort_after_decision,
+    abort_beside_decision,
+)

@@ -1,0 +1,176 @@
+"""Events and who takes them: what is said is heard, what is heard is said, and both mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from saga.choreography import EventRef, Place
+from saga.contract import Contract
+from saga.findings import Finding, error, listed, place_of, warning
+from saga.flow import Action, Flow
+from saga.schemas import unreadable
+
+_CONTROL: Final = "saga."
+"""What the runtime itself says to everyone."""
+
+
+def one_name_twice(flow: Flow) -> Iterator[Finding]:
+    """A service's name stands in its inbox, its journal and its queue."""
+    seen: set[str] = set()
+    for contract in flow.contracts:
+        if contract.name in seen:
+            yield error(
+                "same-name",
+                f"two services are named {contract.name}: they would share a queue and a journal",
+                place_of(contract),
+            )
+        seen.add(contract.name)
+
+
+def unheard_event(flow: Flow) -> Iterator[Finding]:
+    """A produced event has a consumer; what a completing action says at the end may have none."""
+    for action in flow.actions:
+        for name in action.answers:
+            heard = name in flow.consumers or name in flow.subscribers
+            if not heard and not action.completes:
+                yield error(
+                    "unheard-event",
+                    f"{action} emits {name}, and nobody takes it: bind a step, a join or a "
+                    "subscriber to it, or emit nothing",
+                    action.place,
+                )
+
+
+def unproduced_event(flow: Flow) -> Iterator[Finding]:
+    """A consumed event has a producer."""
+    rejections = _rejections(flow)
+    for action in flow.actions:
+        for ref in action.on:
+            if ref.name not in flow.producers and ref.name not in rejections:
+                yield error(
+                    "unproduced-event",
+                    f"{action} takes {ref.name}, and nobody emits it: declare who does, or check "
+                    "its contract together with these",
+                    action.place,
+                )
+    for name, subscribers in flow.subscribers.items():
+        known = name in flow.producers or name in rejections or name.startswith(_CONTROL)
+        for contract in () if known else subscribers:
+            yield warning(
+                "unproduced-event",
+                f"{contract.name} subscribes to {name}, and no declaration says who emits it; "
+                "plain code may publish it",
+                None,
+            )
+
+
+def rejection_leads_on(flow: Flow) -> Iterator[Finding]:
+    """A rejection is the end: no step of that saga runs after it."""
+    rejections = _rejections(flow)
+    for action in flow.actions:
+        for ref in action.on:
+            if ref.name in rejections:
+                yield error(
+                    "rejection-leads-on",
+                    f"{action} takes {ref.name}, with which {rejections[ref.name]} rejects; that "
+                    f"aborts the saga, so nothing runs after it: undo in a compensation, or take "
+                    f"it outside of the saga (@{action.participant}.on)",
+                    action.place,
+                )
+
+
+def version_not_read(flow: Flow) -> Iterator[Finding]:
+    """A producer's version is one that each of its consumers is given."""
+    for producer, ref, consumer in _meetings(flow):
+        read = consumer.read_as(ref)
+        if read is None:
+            problem = f"{consumer.name} can read no such version"
+        elif not _is_given(consumer, read.event):
+            problem = f"{consumer.name} reads it as v{read.event.version}, which it does not take"
+        else:
+            continue
+        yield error(
+            "version",
+            f"{producer} says {ref}, and {problem}: deploy the reader (or an upcaster) first",
+            _place_of_taker(consumer, ref) or producer.place,
+        )
+
+
+def _is_given(consumer: Contract, read: EventRef) -> bool:
+    """Whether all that takes events of that name takes this version; what does not is parked."""
+    spec = consumer.participant
+    taken = [step.on for step in spec.steps] + [ref for join in spec.joins for ref in join.on]
+    plain = [ref for ref in consumer.subscribes if ref.name == read.name]
+    return all(ref == read for ref in taken if ref.name == read.name) and (
+        not plain or read in plain
+    )
+
+
+def schemas_disagree(flow: Flow) -> Iterator[Finding]:
+    """What is written under a name and version can be read by everyone who takes it."""
+    by_name = {contract.name: contract for contract in flow.contracts}
+    for producer, ref, consumer in _meetings(flow):
+        written = by_name[producer.participant].event(ref)
+        read = consumer.event(ref)
+        if written is None or read is None or ref not in consumer.takes:
+            continue
+        problems = unreadable(written.written, read.accepted)
+        if read.ordered and not written.ordered:
+            problems.append("its events are expected in order and written without")
+        if problems:
+            yield error(
+                "schema",
+                f"{producer} and {consumer.name} disagree on {ref}: {'; '.join(problems)}",
+                _place_of_taker(consumer, ref) or producer.place,
+            )
+
+
+def two_producers(flow: Flow) -> Iterator[Finding]:
+    """A type of event that leads on is emitted in one place of a saga, so that it tells where the
+    saga stands."""
+    for saga in flow.sagas:
+        for name in flow.consumers:
+            inside = [action for action in saga.actions if name in action.answers]
+            if len(inside) > 1:
+                yield warning(
+                    "two-producers",
+                    f"in {saga}, {name} is emitted by {listed(inside)}: who takes it cannot tell "
+                    "where the saga stands",
+                    inside[1].place,
+                )
+
+
+def _meetings(flow: Flow) -> Iterator[tuple[Action, EventRef, Contract]]:
+    """Who says what, and who takes it, each pair of services once."""
+    seen: set[tuple[str, EventRef, str]] = set()
+    for action in flow.actions:
+        for ref in (*action.emits, *action.rejects):
+            for consumer in flow.contracts:
+                taken = any(one.name == ref.name for one in consumer.takes)
+                pair = (action.participant, ref, consumer.name)
+                if taken and pair not in seen:
+                    seen.add(pair)
+                    yield action, ref, consumer
+
+
+def _place_of_taker(consumer: Contract, ref: EventRef) -> Place | None:
+    spec = consumer.participant
+    takers = [step.place for step in spec.steps if step.on.name == ref.name]
+    takers += [join.place for join in spec.joins if ref.name in {one.name for one in join.on}]
+    return min(takers, default=None)
+
+
+def _rejections(flow: Flow) -> dict[str, str]:
+    return {ref.name: str(action) for action in flow.actions for ref in action.rejects}
+
+
+RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (
+    one_name_twice,
+    unheard_event,
+    unproduced_event,
+    rejection_leads_on,
+    version_not_read,
+    schemas_disagree,
+    two_producers,
+)
