@@ -66,7 +66,10 @@ class Contract:
         """What it is declared to emit or to reject with."""
         spec = self.participant
         refs = [start.event for start in spec.starts]
-        refs += [ref for one in (*spec.steps, *spec.joins) for ref in (*one.emits, *one.rejects)]
+        for step in spec.steps:
+            refs += [*step.emits, *step.rejects]
+        for join in spec.joins:
+            refs += [*join.emits, *join.rejects]
         return tuple(dict.fromkeys(refs))
 
     def event(self, ref: EventRef) -> EventContract | None:
@@ -147,7 +150,8 @@ def _refuse_later_format(path: Path, text: bytes) -> None:
 
 
 def _subscriptions(service: Service, spec: ParticipantSpec) -> Iterator[EventRef]:
-    reactions = {f"{spec.name}.{one.name}" for one in (*spec.steps, *spec.joins)}
+    names = [*(step.name for step in spec.steps), *(join.name for join in spec.joins)]
+    reactions = {f"{spec.name}.{name}" for name in names}
     plain = set(service.subscriptions if isinstance(service, Participant) else service.bindings)
     for handler in service.handlers:
         if handler.subscribes and handler.name not in reactions:

@@ -7,41 +7,28 @@ command runs, so that `outbox --help` answers at once.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Final
 
 import click
 
+from outbox.cli.lazy import Lazy, LazyGroup
+
 _COMMANDS: Final = {
-    "migrate": "Create or change the tables.",
-    "relay": "Carry committed events to the broker.",
-    "status": "Show what waits: events, deliveries, dead letters.",
-    "doctor": "Check everything that could quietly break a promise.",
-    "dead": "Deliveries that a handler failed for good.",
-    "quarantine": "Messages that no handler could be given.",
-    "adopt-cluster": "Go on after a restore into another PostgreSQL cluster.",
+    "migrate": Lazy("outbox.cli.migrate", "Create or change the tables."),
+    "relay": Lazy("outbox.cli.relay", "Carry committed events to the broker."),
+    "status": Lazy("outbox.cli.status", "Show what waits: events, deliveries, dead letters."),
+    "doctor": Lazy("outbox.cli.doctor", "Check everything that could quietly break a promise."),
+    "dead": Lazy("outbox.cli.dead", "Deliveries that a handler failed for good."),
+    "quarantine": Lazy("outbox.cli.quarantine", "Messages that no handler could be given."),
+    "adopt-cluster": Lazy(
+        "outbox.cli.adopt_cluster", "Go on after a restore into another PostgreSQL cluster."
+    ),
 }
 
 
-class _ByName(click.Group):
-    """A group that knows its commands' names and one line each without importing them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
-            return None
-        command = import_module(f"outbox.cli.{cmd_name.replace('-', '_')}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.command(cls=_ByName, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="outbox-saga", prog_name="outbox")
 def main() -> None:
     """Events that exist exactly if their transaction committed.
