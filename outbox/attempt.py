@@ -197,8 +197,18 @@ def put_off(session: Session, work: Work, attempt: int, delay: timedelta) -> Out
     return Outcome.BUSY
 
 
-def refuse(session: Session, work: Work, reason: str) -> Outcome:
-    """Quarantine the message: it cannot be given to this handler by any number of attempts."""
+def refuse_unreadable(session: Session, work: Work, attempt: int, error: Exception) -> Outcome:
+    """Quarantine what no number of attempts can give to this handler, with the handler's hook."""
+    _open(session, work)
+    try:
+        with session.begin_nested():
+            _tell_exhausted(session, work, None, attempt, error)
+    except Exception as hook_error:
+        return _hook_failed(session, work, attempt, hook_error)
+    return _quarantine(session, work, str(error))
+
+
+def _quarantine(session: Session, work: Work, reason: str) -> Outcome:
     log.error("%s quarantined: %s", work, reason)
     quarantine.put(
         session, work.service.name, work.envelope.body, reason,
@@ -241,7 +251,8 @@ def _enter(session: Session, work: Work) -> Arrival:
 
 def _settle_repeated(session: Session, work: Work, arrival: Arrival) -> Outcome:
     if arrival is Arrival.CONFLICT:
-        return refuse(session, work, "an event with this id and other content was handled before")
+        reason = "an event with this id and other content was handled before"
+        return _quarantine(session, work, reason)
     pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
     return Outcome.DUPLICATE
 
@@ -268,19 +279,29 @@ def _park(
             dead_letters.park(
                 session, work.owed, attempt, _in_short(error), text, schema=work.schema
             )
-            if work.handler.exhausted is not None:
-                delivery = Delivery(work.envelope, event, attempt, work.handler.name)
-                with handling(work.envelope, work.service.name):
-                    work.handler.exhausted(delivery, session, error)
+            _tell_exhausted(session, work, event, attempt, error)
     except Exception as hook_error:
-        if is_transient(hook_error):
-            raise
-        # What the hook would have said must be said some time: keep trying, at the slowest pace.
-        log.exception("%s: its exhausted hook failed, so it is not parked yet", work)
-        _owe_retry(session, work, attempt, hook_error, work.handler.retry.cap)
-        return Outcome.RETRY
+        return _hook_failed(session, work, attempt, hook_error)
     log.error("%s parked after attempt %d: %s", work, attempt, _in_short(error))
     return Outcome.PARKED
+
+
+def _tell_exhausted(
+    session: Session, work: Work, event: object, attempt: int, error: BaseException
+) -> None:
+    if work.handler.exhausted is not None:
+        delivery = Delivery(work.envelope, event, attempt, work.handler.name)
+        with handling(work.envelope, work.service.name):
+            work.handler.exhausted(delivery, session, error)
+
+
+def _hook_failed(session: Session, work: Work, attempt: int, error: Exception) -> Outcome:
+    if isinstance(error, Busy) or is_transient(error):
+        raise error
+    # What the hook would have said must be said some time: keep trying, at the slowest pace.
+    log.error("%s: its exhausted hook failed, so it is not set aside yet", work, exc_info=error)
+    _owe_retry(session, work, attempt, error, work.handler.retry.cap)
+    return Outcome.RETRY
 
 
 def _in_short(error: BaseException) -> str:

@@ -240,7 +240,12 @@ class Receiver:
     def _unreadable(self, work: Work, number: int, error: MalformedMessage) -> Outcome:
         if work.addressed:
             return self._failed(work, None, number, error)
-        return self._transactions.settled(lambda session: attempt.refuse(session, work, str(error)))
+        try:
+            return self._transactions.settled(
+                lambda session: attempt.refuse_unreadable(session, work, number, error)
+            )
+        except Busy:
+            return self._put_off(work, number)
 
     def _give_up(self, work: Work, payload: _Payload, begun: pending.Noted) -> Outcome:
         limit = work.handler.retry.attempts

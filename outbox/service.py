@@ -85,7 +85,8 @@ class Handler:
     run: Callable[[Delivery, Session], None]
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     exhausted: Callable[[Delivery, Session, BaseException], None] | None = None
-    """Called in the transaction that parks the delivery after its last attempt."""
+    """Called in the transaction that sets the delivery aside: parked after its last attempt, or
+    quarantined because it cannot be read (its `event` is None then)."""
     versions: frozenset[tuple[str, int]] = frozenset()
     """(type, version) pairs that it can be given; empty: every version the registry can read."""
     subscribes: bool = True

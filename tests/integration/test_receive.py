@@ -12,7 +12,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import attempt, dead_letters, pending, quarantine
-from outbox.attempt import Work
+from outbox.attempt import Busy, Work
 from outbox.errors import ConfigurationError
 from outbox.receive import Outcome, ReceiveSettings
 from outbox.service import Delivery, Handler, RetryPolicy
@@ -254,6 +254,66 @@ def test_a_delivery_whose_hook_fails_is_not_lost_but_tried_again(billing: Subscr
     assert billing.receive(envelope, handler=name).outcomes == {name: Outcome.PARKED}
     assert billing.effects == ["gave up: NeverFinished"]
     assert "hook" in billing.dead[0].error
+
+
+def test_a_hook_that_finds_another_worker_at_it_is_asked_again_and_costs_no_attempt(
+    billing: Subscriber,
+) -> None:
+    is_busy = True
+
+    def exhausted(delivery: Delivery, session: Session, error: BaseException) -> None:
+        if is_busy:
+            raise Busy("someone holds the row")
+        billing.effect(session, f"gave up: {error}")
+
+    name = "billing._raise"
+    billing.service.on(Placed, retry=RetryPolicy(attempts=1), exhausted=exhausted)(_raise)
+    envelope = billing.placed()
+
+    assert billing.receive(envelope).outcomes == {name: Outcome.BUSY}
+    assert (billing.dead, [owed.attempts for owed in billing.owed]) == ([], [0])
+
+    is_busy = False
+    assert billing.receive(envelope, handler=name).outcomes == {name: Outcome.PARKED}
+    assert billing.effects == ["gave up: no"]
+
+
+def test_the_hook_is_told_in_the_transaction_that_quarantines_what_cannot_be_read(
+    billing: Subscriber,
+) -> None:
+    def exhausted(delivery: Delivery, session: Session, error: BaseException) -> None:
+        assert delivery.event is None
+        billing.effect(session, f"{delivery.envelope.type}: {type(error).__name__}")
+
+    billing.service.on(Placed, exhausted=exhausted)(_raise)
+
+    billing.receive(_changed(billing.placed().body, data={}))
+
+    assert billing.effects == ["order.placed: MalformedMessage"]
+    assert len(billing.quarantined) == 1
+
+
+def test_what_cannot_be_read_comes_back_when_its_hook_fails_or_finds_it_busy(
+    billing: Subscriber,
+) -> None:
+    errors: list[Exception] = [Busy("someone holds the row"), RuntimeError("hook")]
+
+    def exhausted(delivery: Delivery, session: Session, error: BaseException) -> None:
+        billing.effect(session, "told")
+        if errors:
+            raise errors.pop(0)
+
+    name = "billing._raise"
+    retry = RetryPolicy(attempts=1, first=timedelta(0), cap=timedelta(0))
+    billing.service.on(Placed, retry=retry, exhausted=exhausted)(_raise)
+    envelope = _changed(billing.placed().body, data={})
+
+    assert billing.receive(envelope).outcomes == {name: Outcome.BUSY}
+    assert billing.receive(envelope, handler=name).outcomes == {name: Outcome.RETRY}
+    assert (billing.effects, billing.quarantined, len(billing.owed)) == ([], [], 1)
+
+    assert billing.receive(envelope, handler=name).outcomes == {name: Outcome.PARKED}
+    assert (billing.effects, billing.owed) == (["told"], [])
 
 
 def test_a_handler_of_another_deployment_is_waited_for_and_then_parked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -10,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session
 
-from outbox import dead_letters
+from outbox import dead_letters, quarantine
 from outbox.dead_letters import Matching
 from saga import Participant, Reject
 from tests.databases import Databases
@@ -237,6 +238,25 @@ def test_an_event_outside_of_any_saga_that_reaches_a_step_is_parked_with_what_to
     parked = shop.rows("SELECT handler, error FROM outbox.dead_letter")
     assert {row.handler for row in parked} == {"inventory.act", "users.act", "shipping.act"}
     assert all("participant.start(session, event)" in row.error for row in parked)
+
+
+def test_a_trigger_that_cannot_be_read_leaves_the_saga_stuck_until_it_is_fed_through(
+    shop: Shop,
+) -> None:
+    saga_id = shop.start()
+    trigger = shop.message("order.created", "inventory")
+    unreadable = replace(trigger, body=trigger.body.replace(b'"order":"o1"', b'"order":17'))
+    shop.play.waiting[shop.play.waiting.index(trigger)] = unreadable
+    shop.play.settle()
+    assert shop.states(saga_id)["inventory"] == "running stuck"
+    assert reason(shop, saga_id, "act").startswith("MalformedMessage")
+    assert shop.published(saga_id)["saga.stuck"] == 1
+    (kept,) = shop.rows("SELECT id FROM outbox.quarantine")
+    shop.run("UPDATE outbox.quarantine SET body = :body, digest = sha256(:body)", body=trigger.body)
+    with Session(shop.engine) as session, session.begin():
+        assert quarantine.redrive(session, kept.id)
+    shop.play.settle()
+    assert check_whole(shop, saga_id) == "completed"
 
 
 def with_participant(shop: Shop, participant: Participant) -> Shop:
