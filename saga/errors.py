@@ -44,6 +44,10 @@ class NoCompensation(SagaError):
     """
 
 
+class Refused(SagaError):
+    """A person asked for what would break a promise, or for what is not there. Nothing was done."""
+
+
 class IllegalTransition(SagaError):
     """The journal was asked for a move that its state machine does not have. A defect of the runtime."""
 
@@ -54,6 +58,7 @@ __all__ = [
     "IllegalTransition",
     "NoCompensation",
     "OutsideSaga",
+    "Refused",
     "SagaDecided",
     "SagaError",
     "UndeclaredEvent",

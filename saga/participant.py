@@ -84,7 +84,12 @@ class Participant(Service):
 
     def journal(self, session: Any) -> Journal:
         """This participant's journal in the transaction of *session*."""
-        return SqlJournal(session, self.name, self.schema)
+        return SqlJournal(session, self.name, self.schema, decides=self.decides)
+
+    @property
+    def decides(self) -> bool:
+        """Whether sagas are decided here: it has what completes them."""
+        return any(reaction.completes for reaction in self._reactions.values())
 
     # ---- declaring ----
 

@@ -13,7 +13,9 @@ from sqlalchemy.orm import Session
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement
 
-_SAGA: Final = "saga_id, participant, definition, state, stuck, reason, started_at, changed_at"
+_SAGA: Final = (
+    "saga_id, participant, definition, decides, state, stuck, reason, started_at, changed_at"
+)
 # The first condition is what the partial index `saga_open` holds, word for word.
 _OPEN: Final = f"""
 SELECT {_SAGA} FROM {{schema}}.saga WHERE state IN ('running', 'compensating')
@@ -41,6 +43,10 @@ _ARRIVALS: Final = """
 SELECT participant, "join", type, event_id, arrived_at
 FROM {schema}.saga_join_arrival WHERE saga_id = :saga_id ORDER BY arrived_at
 """
+_INTERVENTIONS: Final = """
+SELECT participant, verb, step, trigger_id, operator, reason, at
+FROM {schema}.saga_intervention WHERE saga_id = :saga_id ORDER BY id
+"""
 # There are few dead letters, and each event of a saga has the saga's id in it.
 _LETTERS: Final = """
 SELECT id, handler FROM {schema}.dead_letter
@@ -56,6 +62,8 @@ class SagaStanding:
     participant: str
     definition: str | None
     """The event type that started it, where it was started here."""
+    decides: bool
+    """Whether it is decided here, and so can be aborted here."""
     state: str
     stuck: bool
     reason: str | None
@@ -97,6 +105,19 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Intervention:
+    """What a person did to it."""
+
+    participant: str
+    verb: str
+    step: str | None
+    trigger_id: UUID | None
+    operator: str
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True)
 class Story:
     """All that is known of one saga here."""
 
@@ -105,6 +126,7 @@ class Story:
     arrivals: tuple[Arrival, ...]
     dead_letters: tuple[tuple[int, str], ...]
     """Id and handler of what waits for a redrive."""
+    interventions: tuple[Intervention, ...]
 
 
 def open_sagas(
@@ -157,6 +179,10 @@ def story(session: Session, saga_id: UUID, *, schema: str = DEFAULT_SCHEMA) -> S
         ),
         dead_letters=tuple(
             (row.id, row.handler) for row in _rows(session, _LETTERS, schema, needle=needle)
+        ),
+        interventions=tuple(
+            Intervention(**row._mapping)
+            for row in _rows(session, _INTERVENTIONS, schema, saga_id=saga_id)
         ),
     )
 

@@ -140,7 +140,7 @@ def decide_to_abort(
     saga: SagaRow,
     step: str,
     reason: str,
-    trigger: Envelope,
+    trigger: Envelope | None,
     rejection_id: UUID | None = None,
 ) -> None:
     """Abort a running saga, here and (in the same commit) for everyone."""

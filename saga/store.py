@@ -50,16 +50,16 @@ if TYPE_CHECKING:
     from sqlalchemy import CursorResult
 
 _OPEN_SAGA: Final = """
-INSERT INTO {schema}.saga (saga_id, participant, definition, state)
-VALUES (%s, %s, %s, 'running') ON CONFLICT DO NOTHING RETURNING true
+INSERT INTO {schema}.saga (saga_id, participant, definition, decides, state)
+VALUES (%s, %s, %s, %s, 'running') ON CONFLICT DO NOTHING RETURNING true
 """
 _RECORD_START: Final = """
 INSERT INTO {schema}.saga_step (saga_id, participant, step, trigger_id, state, trigger)
 VALUES (%s, %s, %s, %s, 'done', %s)
 """
 _INSERT_SAGA: Final = """
-INSERT INTO {schema}.saga (saga_id, participant, state)
-VALUES (:saga_id, :participant, 'running') ON CONFLICT DO NOTHING RETURNING true
+INSERT INTO {schema}.saga (saga_id, participant, decides, state)
+VALUES (:saga_id, :participant, :decides, 'running') ON CONFLICT DO NOTHING RETURNING true
 """
 _LOCK_SAGA: Final = """
 SELECT state, stuck, reason FROM {schema}.saga
@@ -114,15 +114,26 @@ class SqlJournal:
     *session* is a SQLAlchemy `Session`; for `open` alone, whatever `outbox.publish` takes.
     """
 
-    def __init__(self, session: Any, participant: str, schema: str = DEFAULT_SCHEMA) -> None:
+    def __init__(
+        self,
+        session: Any,
+        participant: str,
+        schema: str = DEFAULT_SCHEMA,
+        *,
+        decides: bool = False,
+    ) -> None:
+        """*decides*: sagas are decided by this participant, so it is the one to abort them."""
         self.session = session
         self._participant = participant
         self._schema = schema
+        self._decides = decides
 
     def open(self, start: RunKey, definition: str, trigger: bytes) -> bool:
         execute = executor(self.session)  # refuses autocommit before anything is written
         saga = (start.saga_id, self._participant)
-        if not execute(in_schema(_OPEN_SAGA, self._schema), (*saga, definition), True):
+        if not execute(
+            in_schema(_OPEN_SAGA, self._schema), (*saga, definition, self._decides), True
+        ):
             return False
         run = (*saga, start.step, start.trigger_id, trigger)
         execute(in_schema(_RECORD_START, self._schema), run, False)
@@ -131,7 +142,7 @@ class SqlJournal:
     def lock(self, saga_id: UUID) -> SagaRow:
         with _busy_while_locked(f"saga {saga_id}"):
             while True:
-                if self._execute(_INSERT_SAGA, saga_id=saga_id).scalar():
+                if self._execute(_INSERT_SAGA, saga_id=saga_id, decides=self._decides).scalar():
                     return SagaRow(saga_id, SagaState.RUNNING, new=True)
                 row = self._execute(_LOCK_SAGA, saga_id=saga_id).one_or_none()
                 if row is not None:

@@ -34,6 +34,7 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("saga_id", Uuid, nullable=False),
         Column("participant", Text, nullable=False),
         Column("definition", Text),
+        Column("decides", Boolean, nullable=False, server_default=false()),
         Column("state", Text, nullable=False),
         Column("stuck", Boolean, nullable=False, server_default=false()),
         Column("reason", Text),
@@ -83,6 +84,20 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("body", LargeBinary, nullable=False),
         moment("arrived_at"),
         PrimaryKeyConstraint("saga_id", "participant", "join", "type"),
+        schema=schema,
+    )
+    own_table(
+        "saga_intervention",
+        metadata,
+        Column("id", BigInteger, Identity(always=True), primary_key=True),
+        *_of_a_saga(schema),
+        Column("verb", Text, nullable=False),
+        Column("step", Text),
+        Column("trigger_id", Uuid),
+        Column("operator", Text, nullable=False),
+        Column("reason", Text, nullable=False),
+        moment("at"),
+        Index("saga_intervention_of_saga", "saga_id", "participant"),
         schema=schema,
     )
     return metadata

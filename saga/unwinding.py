@@ -78,6 +78,18 @@ def compensate(
     _close(runtime, journal, saga, delivery.envelope)
 
 
+def count_as_undone(runtime: Runtime, session: Session, key: RunKey, reason: str) -> bool:
+    """End a run that owes its compensation without calling it; False where it owes none any more."""
+    journal = runtime.open_journal(session)
+    run = journal.claim(key)
+    if run is None or not run.state.owes_compensation:
+        return False
+    saga = journal.lock(key.saga_id)
+    journal.advance(key, run.state, StepState.COMPENSATED, reason=reason)
+    _close(runtime, journal, saga, None)
+    return True
+
+
 def _undo(
     runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: ClaimedRun
 ) -> None:
@@ -109,7 +121,7 @@ def _triggers(
     return [runtime.read(arrived[event_type.name]) for event_type in reaction.on]
 
 
-def _close(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope) -> None:
+def _close(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
     """Say how much is left to undo here, and end the saga where that is nothing."""
     runs = journal.runs(saga.saga_id)
     owed = [run.key for run in runs if run.state.owes_compensation]

@@ -70,7 +70,7 @@ class StoppingParticipant(Participant):
     """A participant whose transactions can be stopped."""
 
     def journal(self, session: Any) -> Journal:
-        return StoppingJournal(session, self.name, self.schema)
+        return StoppingJournal(session, self.name, self.schema, decides=self.decides)
 
 
 def overlap(

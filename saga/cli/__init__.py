@@ -20,6 +20,11 @@ _COMMANDS: Final = {
     "list": Lazy("saga.cli.standing", "List sagas.", "list_command"),
     "show": Lazy("saga.cli.standing", "Show one saga and what it waits for.", "show_command"),
     "stuck": Lazy("saga.cli.standing", "List sagas that wait for a person.", "stuck_command"),
+    "resume": Lazy("saga.cli.operating", "Try again what is stuck.", "resume_command"),
+    "abort": Lazy("saga.cli.operating", "Abort a running saga and undo it.", "abort_command"),
+    "skip-compensation": Lazy(
+        "saga.cli.operating", "Count a step as undone by hand.", "skip_compensation_command"
+    ),
 }
 
 
@@ -33,6 +38,6 @@ def main() -> None:
     check, export, diff, canvas and graph read declarations: a TARGET is module:attribute, a module
     (all participants and services in it), or a contract file (.json).
 
-    list, show and stuck read one database, named by --database-url or OUTBOX_DATABASE_URL. Each
+    The others work on one database, named by --database-url or OUTBOX_DATABASE_URL. Each
     participant knows its own part of a saga: ask each database, or the observer.
     """

@@ -25,7 +25,7 @@ from outbox.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from saga.standing import SagaStanding, StepStanding, Story
+    from saga.standing import SagaStanding, Story
 
 _STATES: Final = ("running", "completed", "compensating", "compensated")
 
@@ -140,6 +140,15 @@ def show_command(saga_id: UUID, database_url: str, schema: str, as_json: bool) -
             [[one.participant, one.join, one.type, one.arrived_at] for one in told.arrivals],
             title="Arrived for joins",
         )
+    if told.interventions:
+        print_table(
+            ["participant", "verb", "step", "by", "why", "at"],
+            [
+                [one.participant, one.verb, one.step, one.operator, one.reason, one.at]
+                for one in told.interventions
+            ],
+            title="Done by hand",
+        )
     for line in _advice(told):
         console().print(printable(line), markup=False, soft_wrap=True)
 
@@ -180,31 +189,21 @@ def _stuck_rows(told: Story) -> list[list[object]]:
             one.step,
             one.changed_at,
             first_line(one.reason or ""),
-            _resume_with(told, one),
+            _resume_with(told),
         ]
         for one in told.steps
         if one.is_stuck
     ]
 
 
-def _resume_with(told: Story, step: StepStanding) -> str | None:
-    letters = [
-        f"outbox dead redrive {id}"
-        for id, handler in told.dead_letters
-        if handler == _handler(step)
-    ]
-    return " && ".join(letters) or None
-
-
-def _handler(step: StepStanding) -> str:
-    handler = f"{step.participant}.{step.step}"
-    return f"{handler}.compensation" if step.state == "compensation_stuck" else handler
+def _resume_with(told: Story) -> str:
+    return f"saga resume {told.sagas[0].saga_id}"
 
 
 def _advice(told: Story) -> list[str]:
     return [
         f"{one.participant}.{one.step} is stuck: {first_line(one.reason or '')}. "
-        f"Once that is put right: {_resume_with(told, one) or 'ask the developers'}"
+        f"Once that is put right: {_resume_with(told)}"
         for one in told.steps
         if one.is_stuck
     ]
@@ -220,7 +219,7 @@ def _stuck_document(told: Story) -> dict[str, Any]:
                 "state": one.state,
                 "since": one.changed_at,
                 "reason": one.reason,
-                "resume_with": _resume_with(told, one),
+                "resume_with": _resume_with(told),
             }
             for one in told.steps
             if one.is_stuck
@@ -242,4 +241,5 @@ def _document(told: Story) -> dict[str, Any]:
         ],
         "arrivals": [asdict(one) for one in told.arrivals],
         "dead_letters": [{"id": id, "handler": handler} for id, handler in told.dead_letters],
+        "interventions": [asdict(one) for one in told.interventions],
     }

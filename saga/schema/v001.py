@@ -13,6 +13,7 @@ UP: Final = (
         saga_id     uuid        NOT NULL,
         participant text        NOT NULL,
         definition  text,
+        decides     boolean     NOT NULL DEFAULT false,
         state       text        NOT NULL CHECK (state IN
                         ('running', 'completed', 'compensating', 'compensated')),
         stuck       boolean     NOT NULL DEFAULT false,
@@ -59,6 +60,25 @@ UP: Final = (
         FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
     )
     """,
+    # What people did by hand, and why.
+    """
+    CREATE TABLE {schema}.saga_intervention (
+        id          bigint      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+        saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
+        verb        text        NOT NULL,
+        step        text,
+        trigger_id  uuid,
+        operator    text        NOT NULL,
+        reason      text        NOT NULL,
+        at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+        FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
+    )
+    """,
+    "CREATE INDEX saga_intervention_of_saga ON {schema}.saga_intervention (saga_id, participant)",
 )
 
-DOWN: Final = ("DROP TABLE {schema}.saga_join_arrival, {schema}.saga_step, {schema}.saga",)
+DOWN: Final = (
+    "DROP TABLE {schema}.saga_intervention, {schema}.saga_join_arrival, {schema}.saga_step, "
+    "{schema}.saga",
+)

@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import Engine
 
-from outbox.cli import main as outbox_main
 from saga.cli import main
 from tests.sagas import Shop
 
@@ -20,9 +19,9 @@ def shop(migrated_engine: Engine) -> Shop:
     return Shop(migrated_engine)
 
 
-def run(shop: Shop, *arguments: str, command: Any = main) -> Result:
+def run(shop: Shop, *arguments: str) -> Result:
     url = shop.engine.url.render_as_string(hide_password=False)
-    return CliRunner(env={"OUTBOX_DATABASE_URL": url}).invoke(command, arguments)
+    return CliRunner(env={"OUTBOX_DATABASE_URL": url}).invoke(main, arguments)
 
 
 def document(result: Result) -> Any:
@@ -58,9 +57,9 @@ def test_stuck_says_why_and_names_the_command_that_resumes_it(shop: Shop) -> Non
     assert told["saga_id"] == str(saga_id)
     assert (step["participant"], step["step"], step["state"]) == ("inventory", "act", "stuck")
     assert step["reason"] == "Broken: inventory.do is broken"
-    outbox, *arguments = step["resume_with"].split()
-    assert outbox == "outbox"
-    assert run(shop, *arguments, "--yes", command=outbox_main).exit_code == 0
+    saga, *arguments = step["resume_with"].split()
+    assert saga == "saga"
+    assert run(shop, *arguments).exit_code == 0
     shop.play.settle()
     assert shop.states(saga_id)["inventory"] == "completed"
     assert run(shop, "stuck").exit_code == 0
@@ -73,7 +72,7 @@ def test_stuck_names_the_compensation_that_keeps_failing(shop: Shop) -> None:
     shop.play.settle()
     text = run(shop, "stuck").stdout
     assert "inventory.undo is broken" in text
-    assert "outbox dead redrive" in text
+    assert "saga resume" in text
 
 
 def test_show_tells_one_saga_with_steps_arrivals_and_events(shop: Shop) -> None:
@@ -85,7 +84,7 @@ def test_show_tells_one_saga_with_steps_arrivals_and_events(shop: Shop) -> None:
     assert {one["type"] for one in told["arrivals"]} == {"points.added", "shipment.created"}
     assert all(json.loads(one["trigger"])["sagaid"] == str(saga_id) for one in told["steps"])
     text = run(shop, "show", str(saga_id)).stdout
-    assert "Once that is put right: outbox dead redrive" in text
+    assert "Once that is put right: saga resume" in text
 
 
 def test_show_of_a_saga_nobody_has_heard_of_says_so(shop: Shop) -> None:

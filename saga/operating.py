@@ -1,0 +1,335 @@
+"""What a person does to a saga that does not go on by itself: resume, abort, skip a compensation.
+
+Each verb is one transaction on one participant's database. Why it is safe while workers go on:
+
+- It locks the saga's row (a skip: the run's row, then the saga's, as a compensation does) and only
+  then looks. So it comes wholly before or wholly after whatever a worker does to the saga: a step
+  that was committed before is seen and undone, one that comes after finds the saga aborted.
+- A compensation is skipped by the very moves with which a worker ends one, so the saga ends by the
+  same rule, and a worker that comes second finds the run compensated and calls nothing.
+- What is owed or parked for a skipped run leaves in the same transaction. A worker that parks at
+  that moment holds those rows and waits for the run: PostgreSQL calls this a deadlock and ends one
+  of the two, which does its part again (`Transactions.retried`) and meets what the other has done.
+- `resume` gives back only what it finds parked, by the same rows as `outbox dead redrive`, so of
+  the two the second finds nothing. A run that is stuck with nothing parked (somebody discarded its
+  dead letter) is owed again from the journal.
+
+Who did what, and why, is kept in `saga_intervention` in the same commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from outbox import dead_letters, inbox, pending, quarantine
+from outbox.dead_letters import Matching
+from outbox.envelope import decode
+from outbox.events import Registry
+from outbox.sql import DEFAULT_SCHEMA
+from outbox.statements import statement
+from saga.control import CompensationDue, register_control_events
+from saga.errors import Refused
+from saga.journal import RunKey, SagaRow, SagaState, StepState
+from saga.runtime import Runtime, shortened
+from saga.step import decide_to_abort
+from saga.store import SqlJournal
+from saga.unwinding import count_as_undone
+
+_LOCK: Final = """
+SELECT participant, definition, decides, state, stuck, reason FROM {schema}.saga
+WHERE saga_id = :saga_id AND (CAST(:participant AS text) IS NULL OR participant = :participant)
+ORDER BY participant FOR UPDATE
+"""
+_RUNS: Final = """
+SELECT participant, step, trigger_id, state, trigger FROM {schema}.saga_step
+WHERE saga_id = :saga_id AND (CAST(:participant AS text) IS NULL OR participant = :participant)
+ORDER BY ordinal
+"""
+_RECORD: Final = """
+INSERT INTO {schema}.saga_intervention
+    (saga_id, participant, verb, step, trigger_id, operator, reason)
+VALUES (:saga_id, :participant, :verb, :step, :trigger_id, :operator, :reason)
+"""
+# An event of a saga has the saga's id in it; what is owed to a compensation, its run's trigger too.
+_ABOUT: Final = """
+handler = :handler AND position(CAST(:saga AS bytea) IN body) > 0
+    AND (CAST(:trigger AS bytea) IS NULL OR position(CAST(:trigger AS bytea) IN body) > 0)
+"""
+_LETTERS: Final = f"SELECT id FROM {{schema}}.dead_letter WHERE {_ABOUT} ORDER BY id"  # noqa: S608
+_OWED: Final = f"SELECT event_id FROM {{schema}}.pending_delivery WHERE {_ABOUT}"  # noqa: S608
+_QUARANTINED: Final = """
+SELECT id FROM {schema}.quarantine WHERE service = :participant
+    AND position(CAST(:saga AS bytea) IN body) > 0
+    AND position(CAST(:trigger AS bytea) IN body) > 0 ORDER BY id
+"""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Who acts, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """One stuck run, and what was done about it."""
+
+    participant: str
+    step: str
+    state: str
+    by: str
+    """"dead letter 5", "quarantined message 7", "the journal", "under way already", or why not."""
+    goes_on: bool = True
+
+
+def resume(
+    session: Session,
+    saga_id: UUID,
+    operator: Operator,
+    *,
+    participant: str | None = None,
+    schema: str = DEFAULT_SCHEMA,
+) -> Sequence[Resumed]:
+    """Give everything that is stuck here another try, with all its attempts before it.
+
+    Empty where nothing is stuck. Raises `Refused` where nobody here has heard of the saga.
+    """
+    here = _Here(session, saga_id, schema)
+    here.lock(participant)
+    resumed = [here.give_back(run) for run in here.runs(participant) if _is_stuck(run)]
+    for one in resumed:
+        here.record(one.participant, "resume", operator, step=one.step)
+    return resumed
+
+
+def abort(
+    session: Session,
+    saga_id: UUID,
+    operator: Operator,
+    *,
+    participant: str | None = None,
+    force: bool = False,
+    schema: str = DEFAULT_SCHEMA,
+) -> str:
+    """Abort a running saga for everyone; returns the participant that did it.
+
+    Only where it is decided: there the decision and the abort exclude each other. *force* aborts it
+    elsewhere, where it may meet a completion; the participants then differ and a person has to
+    settle it. Raises `Refused`, with the reason.
+    """
+    here = _Here(session, saga_id, schema)
+    rows = here.lock(participant)
+    row = next((row for row in rows if row.decides), rows[0])
+    state = SagaState(row.state)
+    if state is not SagaState.RUNNING:
+        raise Refused(f"saga {saga_id} is {state} at {row.participant}: {_why_not_aborted(state)}")
+    if not row.decides and not force:
+        raise Refused(
+            f"{row.participant} does not decide saga {saga_id}: it could be completed elsewhere at "
+            "this moment, and be completed and aborted. Abort it where its completing join is; "
+            "--force if it has none, or if you know that this join can never fire"
+        )
+    runtime = here.runtime(row.participant)
+    here.record(row.participant, "abort", operator)
+    decide_to_abort(
+        runtime,
+        runtime.open_journal(session),
+        SagaRow(saga_id, state, row.stuck, row.reason),
+        "abort",
+        shortened(f"{operator.reason} ({operator.name})"),
+        None,
+    )
+    return str(row.participant)
+
+
+def skip_compensation(
+    session: Session,
+    saga_id: UUID,
+    step: str,
+    operator: Operator,
+    *,
+    participant: str | None = None,
+    trigger_id: UUID | None = None,
+    schema: str = DEFAULT_SCHEMA,
+) -> RunKey:
+    """Count a run that owes its compensation as undone, without calling anything; returns its key.
+
+    *step* is its name, or `participant.step`. Raises `Refused`, with the reason: no such run, none
+    that owes a compensation, or more than one (give *trigger_id*).
+    """
+    here = _Here(session, saga_id, schema)
+    run = _the_one_that_owes(here.runs(participant), saga_id, step, trigger_id)
+    key = RunKey(saga_id, run.step, run.trigger_id)
+    reason = f"skipped by {operator.name}: {operator.reason}"
+    if not count_as_undone(here.runtime(run.participant), session, key, shortened(reason)):
+        raise Refused(f"{key} was compensated meanwhile; nothing was skipped")
+    here.record(
+        run.participant, "skip-compensation", operator, step=step, trigger_id=key.trigger_id
+    )
+    here.withdraw_compensation(run, reason)
+    return key
+
+
+class _Here:
+    """One saga, as the participants in one schema have it."""
+
+    def __init__(self, session: Session, saga_id: UUID, schema: str) -> None:
+        self.session = session
+        self.saga_id = saga_id
+        self.schema = schema
+
+    def lock(self, participant: str | None) -> Sequence[Any]:
+        rows = self._rows(_LOCK, participant=participant)
+        if not rows:
+            whose = f" of participant {participant}" if participant else ""
+            raise Refused(
+                f"schema {self.schema!r}{whose} has never heard of saga {self.saga_id}, or has "
+                "forgotten it: ask the database of a participant that shows it (saga show)"
+            )
+        return rows
+
+    def runs(self, participant: str | None) -> Sequence[Any]:
+        return self._rows(_RUNS, participant=participant)
+
+    def runtime(self, participant: str) -> Runtime:
+        """The runtime without the participant's code: control events are all that it can read."""
+        registry = Registry()
+        register_control_events(registry)
+        return Runtime(
+            participant, registry, {}, lambda session: SqlJournal(session, participant, self.schema)
+        )
+
+    def record(
+        self,
+        participant: str,
+        verb: str,
+        operator: Operator,
+        *,
+        step: str | None = None,
+        trigger_id: UUID | None = None,
+    ) -> None:
+        self.session.execute(
+            statement(_RECORD, self.schema),
+            {
+                "saga_id": self.saga_id,
+                "participant": participant,
+                "verb": verb,
+                "step": step,
+                "trigger_id": trigger_id,
+                "operator": shortened(operator.name),
+                "reason": shortened(operator.reason),
+            },
+        )
+
+    def give_back(self, run: Any) -> Resumed:
+        about = self._about(run)
+        ids = [row.id for row in self._rows(_LETTERS, **about)]
+        redriven = [
+            id
+            for id in ids
+            if dead_letters.redrive(self.session, Matching(id=id), schema=self.schema)
+        ]
+        if redriven:
+            return _resumed(run, f"dead letter {', '.join(map(str, redriven))}")
+        if self._rows(_OWED, **about):
+            return _resumed(run, "under way already")
+        if run.state == StepState.STUCK:
+            return self._give_back_a_step(run)
+        due = CompensationDue(self.saga_id, run.step, run.trigger_id)
+        envelope = self.runtime(run.participant).envelope(due, self.saga_id, None)
+        pending.schedule(
+            self.session, run.participant, about["handler"], envelope, schema=self.schema
+        )
+        return _resumed(run, "the journal")
+
+    def _give_back_a_step(self, run: Any) -> Resumed:
+        body = bytes(run.trigger)
+        envelope = decode(body)
+        unread = self._rows(
+            _QUARANTINED,
+            participant=run.participant,
+            saga=str(self.saga_id).encode(),
+            trigger=str(envelope.id).encode(),
+        )
+        for row in unread:
+            if quarantine.redrive(self.session, row.id, schema=self.schema):
+                return _resumed(run, f"quarantined message {row.id}")
+        handler = f"{run.participant}.{run.step}"
+        if inbox.earlier_delivery(
+            self.session, envelope.id, handler, envelope.digest, schema=self.schema
+        ):
+            return _resumed(
+                run, "no: its event was handled, the saga itself is amiss", goes_on=False
+            )
+        owed = pending.Owed(
+            run.participant, handler, envelope.id, envelope.type, body, envelope.key
+        )
+        pending.owe(self.session, owed, "redrive", schema=self.schema)
+        return _resumed(run, "the journal")
+
+    def withdraw_compensation(self, run: Any, reason: str) -> None:
+        about = self._about(run)
+        for row in self._rows(_LETTERS, **about):
+            dead_letters.discard(self.session, Matching(id=row.id), reason, schema=self.schema)
+        for row in self._rows(_OWED, **about):
+            pending.withdraw(self.session, about["handler"], row.event_id, schema=self.schema)
+
+    def _about(self, run: Any) -> dict[str, Any]:
+        """What finds the deliveries of a run: those of its compensation, once it owes one."""
+        handler = f"{run.participant}.{run.step}"
+        saga = str(self.saga_id).encode()
+        if not StepState(run.state).owes_compensation:
+            trigger = None if run.trigger_id == self.saga_id else str(run.trigger_id).encode()
+            return {"handler": handler, "saga": saga, "trigger": trigger}
+        trigger = str(run.trigger_id).encode()
+        return {"handler": f"{handler}.compensation", "saga": saga, "trigger": trigger}
+
+    def _rows(self, template: str, **values: object) -> Sequence[Any]:
+        values = {"saga_id": self.saga_id, **values}
+        return self.session.execute(statement(template, self.schema), values).all()
+
+
+def _the_one_that_owes(
+    runs: Sequence[Any], saga_id: UUID, step: str, trigger_id: UUID | None
+) -> Any:
+    named = [
+        run
+        for run in runs
+        if step in (run.step, f"{run.participant}.{run.step}")
+        and trigger_id in (None, run.trigger_id)
+    ]
+    owing = [run for run in named if StepState(run.state).owes_compensation]
+    if len(owing) == 1:
+        return owing[0]
+    if owing:
+        which = ", ".join(f"{run.participant}.{run.step} {run.trigger_id}" for run in owing)
+        raise Refused(
+            f"{len(owing)} runs of {step} owe their compensation; say which, with --trigger and "
+            f"--participant: {which}"
+        )
+    if named:
+        states = ", ".join(f"{run.participant}.{run.step} is {run.state}" for run in named)
+        raise Refused(f"no run of {step} in saga {saga_id} owes a compensation: {states}")
+    known = ", ".join(dict.fromkeys(f"{run.participant}.{run.step}" for run in runs)) or "none"
+    raise Refused(f"saga {saga_id} has no run of {step} here; its runs here: {known}")
+
+
+def _why_not_aborted(state: SagaState) -> str:
+    if state is SagaState.COMPLETED:
+        return "it is decided, and a decision is not taken back; undo it with a saga of its own"
+    return "it has been aborted before"
+
+
+def _is_stuck(run: Any) -> bool:
+    return StepState(run.state).waits_for_a_person
+
+
+def _resumed(run: Any, by: str, *, goes_on: bool = True) -> Resumed:
+    return Resumed(run.participant, run.step, run.state, by, goes_on)
