@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from random import Random
+from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -134,14 +136,42 @@ def note(session: Session, work: Work) -> Noted | Outcome:
     return Outcome.STALE if noted is None else noted
 
 
-def deliver(session: Session, work: Work, event: object, attempt: int, *, noted: bool) -> Outcome:
+def prepare(
+    session: Session, work: Work, event: object, attempt: int
+) -> Callable[[], Any] | Outcome | None:
+    """What a handler commits before it acts outside: the call to make then, or None for no call.
+
+    The attempt was noted, so whatever becomes of the call, the delivery comes back.
+    """
+    if _open(session, work).owed is None:
+        return Outcome.STALE
+    assert work.handler.prepare is not None
+    with handling(work.envelope, work.service.name):
+        call = work.handler.prepare(
+            Delivery(work.envelope, event, attempt, work.handler.name), session
+        )
+        session.flush()
+    return call
+
+
+def deliver(
+    session: Session,
+    work: Work,
+    event: object,
+    attempt: int,
+    *,
+    noted: bool,
+    result: object = None,
+) -> Outcome:
     """The delivery itself: inbox row, handler, and the note of it gone, to be committed together.
 
-    Raises what the handler raises, and `Busy`.
+    The *result* of a call outside is always given to the handler, also in a delivery that was
+    settled meanwhile: it is about something that has happened. Raises what the handler raises, and
+    `Busy`.
     """
     try:
         standing = _open(session, work)
-        if noted and standing.owed is None:
+        if noted and standing.owed is None and result is None:
             return Outcome.STALE
         if not noted and standing.parked:
             return Outcome.PARKED
@@ -150,11 +180,12 @@ def deliver(session: Session, work: Work, event: object, attempt: int, *, noted:
         arrival = _enter(session, work)
     except DBAPIError as error:
         raise NotBegun(str(error)) from error
-    if arrival is not Arrival.FIRST:
+    if arrival is not Arrival.FIRST and result is None:
         return _settle_repeated(session, work, arrival)
     crash_point("receive.begun")
+    delivery = Delivery(work.envelope, event, attempt, work.handler.name, result)
     with handling(work.envelope, work.service.name):
-        work.handler.run(Delivery(work.envelope, event, attempt, work.handler.name), session)
+        work.handler.run(delivery, session)
         session.flush()
     crash_point("receive.handled")
     if noted:

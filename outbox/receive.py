@@ -213,7 +213,7 @@ class Receiver:
 
     def _deliver(self, work: Work, payload: _Payload, redelivered: bool) -> Outcome:
         number, noted = 1, False
-        if work.addressed or redelivered:
+        if work.addressed or redelivered or work.handler.owns_transactions:
             begun = self._transactions.settled(lambda session: attempt.note(session, work))
             if isinstance(begun, Outcome):
                 return begun
@@ -225,8 +225,13 @@ class Receiver:
         except MalformedMessage as error:
             return self._unreadable(work, number, error)
         try:
+            result = self._act_outside(work, event, number)
+            if isinstance(result, Outcome):
+                return result
             outcome = self._transactions.retried(
-                lambda session: attempt.deliver(session, work, event, number, noted=noted)
+                lambda session: attempt.deliver(
+                    session, work, event, number, noted=noted, result=result
+                )
             )
         except NotSettled:
             raise
@@ -236,6 +241,20 @@ class Receiver:
             return self._failed(work, event, number, error)
         crash_point("receive.committed")
         return outcome
+
+    def _act_outside(self, work: Work, event: object, number: int) -> Any:
+        """The result of the call that a handler makes outside of any transaction, if it makes one."""
+        if not work.handler.owns_transactions:
+            return None
+        call = self._transactions.retried(
+            lambda session: attempt.prepare(session, work, event, number)
+        )
+        if call is None or isinstance(call, Outcome):
+            return call
+        crash_point("receive.prepared")
+        result = call()
+        crash_point("receive.called")
+        return result
 
     def _unreadable(self, work: Work, number: int, error: MalformedMessage) -> Outcome:
         if work.addressed:

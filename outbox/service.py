@@ -73,6 +73,8 @@ class Delivery:
     attempt: int
     """Number of this run, from 1."""
     handler: str
+    result: Any = None
+    """What the call outside of the database came to (see `Handler.prepare`)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ class Handler:
     """(type, version) pairs that it can be given; empty: every version the registry can read."""
     subscribes: bool = True
     """False: it takes only what is addressed to it by name (timers, work scheduled for later)."""
+    prepare: Callable[[Delivery, Session], Callable[[], Any] | None] | None = None
+    """For what acts outside of the database: run first, in a transaction of its own, at each
+    attempt. What it returns is called after that commit, in no transaction, and must not return
+    None; `run` then writes the result down, even where the delivery was settled meanwhile, so it
+    has to know by itself what it has had. A failed call is a failed attempt."""
+
+    @property
+    def owns_transactions(self) -> bool:
+        """Whether it needs transactions of its own, so that no batch can hold it."""
+        return self.prepare is not None
 
 
 class Service:

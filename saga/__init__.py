@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SagaDecided,
         SagaError,
         UndeclaredEvent,
+        Unknown,
     )
     from saga.participant import Participant
 
@@ -27,7 +28,7 @@ _HOMES = {
     "saga.declaration": ("Reject",),
     "saga.errors": (
         "AlreadyStarted", "IllegalTransition", "NoCompensation", "OutsideSaga", "SagaDecided",
-        "SagaError", "UndeclaredEvent",
+        "SagaError", "UndeclaredEvent", "Unknown",
     ),
     "saga.participant": ("Participant",),
 }  # fmt: skip
@@ -35,7 +36,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AlreadyStarted", "CurrentSaga", "IllegalTransition", "NoCompensation", "OutsideSaga", "Participant", "Reject",
-    "SagaDecided", "SagaError", "UndeclaredEvent", "current",
+    "SagaDecided", "SagaError", "UndeclaredEvent", "Unknown", "current",
 ]  # fmt: skip
 
 

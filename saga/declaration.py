@@ -16,6 +16,7 @@ from saga.errors import UndeclaredEvent
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., None])
+F_ = TypeVar("F_", bound=Callable[..., Any])
 
 EventClasses = type[Any] | Iterable[type[Any]] | None
 
@@ -155,6 +156,62 @@ class Reaction(Generic[P, R]):
 
 class Step(Reaction[P, R]):
     """A declared step. Made by `@participant.step(...)`."""
+
+    is_external = False
+    resolver: Callable[..., Any] | None = None
+    recorder: Callable[..., None] | None = None
+
+    def resolve(self, function: F_) -> F_:
+        """Of an external step: the decorated function finds out whether an earlier call took effect.
+
+        It takes the triggering event and asks outside, by `saga.current().idempotency_key`. It
+        returns what the step would have returned (True, for a step that emits nothing) if the call
+        took effect, None if it did not *and never will*: cancel the key there if you can. It raises
+        `Unknown` where it cannot tell, `Reject` where the answer was no.
+        Raises `ConfigurationError` for a second one, or one that takes other parameters.
+        """
+        self.resolver = self._hook(function, "resolve", self.resolver, self._parameters())
+        return function
+
+    def record(self, function: F) -> F:
+        """Of an external step: the decorated function writes down that the call took effect.
+
+        It takes the triggering event, the emitted event if there is one, and the session, and runs
+        in the transaction that publishes the result. Its compensation finds what it has written.
+        """
+        parameters = self._undo_parameters()
+        self.recorder = self._hook(function, "record", self.recorder, parameters)
+        return function
+
+    def _hook(self, function: F_, name: str, before: object, parameters: list[str]) -> F_:
+        what = f"{Place.of_function(function)}: the {name} hook of {self}"
+        if not self.is_external:
+            raise ConfigurationError(f"{what}: only a step with external=True has one")
+        if before is not None:
+            raise ConfigurationError(f"{what} is its second one")
+        _check_parameters(function, parameters, what)
+        return function
+
+
+class ExternalStep(Step[P, R]):
+    """A step whose function acts outside of the database. Made by `@participant.step(external=True)`."""
+
+    kind = "external step"
+    is_external = True
+
+    def _parameters(self) -> list[str]:
+        return super()._parameters()[:-1]
+
+    def _undo_parameters(self) -> list[str]:
+        return [*self._parameters(), *(["emitted"] if self.emits else []), "session"]
+
+    def _refuse_mistakes(self) -> None:
+        super()._refuse_mistakes()
+        if self.exhausted != "stuck":
+            raise ConfigurationError(
+                f"{self.place}: {self.kind} {self}: exhausted={self.exhausted!r} would take an "
+                "uncertain call for none; leave it out and give the step a resolve hook"
+            )
 
 
 class Join(Reaction[P, R]):

@@ -44,6 +44,13 @@ class NoCompensation(SagaError):
     """
 
 
+class Unknown(SagaError):
+    """Raised by the `resolve` hook of an external step: it cannot be told whether the call took effect.
+
+    It is asked again, with backoff; past the last attempt the saga is stuck until a person says.
+    """
+
+
 class Refused(SagaError):
     """A person asked for what would break a promise, or for what is not there. Nothing was done."""
 
@@ -62,4 +69,5 @@ __all__ = [
     "SagaDecided",
     "SagaError",
     "UndeclaredEvent",
+    "Unknown",
 ]

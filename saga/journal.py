@@ -50,6 +50,20 @@ class StepState(StrEnum):
     COMPENSATION_STUCK = "compensation_stuck"
     """Its compensation's attempts are used up; a redrive runs it again."""
     COMPENSATED = "compensated"
+    CALLING = "calling"
+    """An external step is about to call, calls, or has called: nobody knows until its result is
+    written down."""
+    UNRESOLVED = "unresolved"
+    """Nobody could find out, in all attempts, whether the call took effect: a person has to say."""
+    HAPPENED = "happened"
+    """A person has said that it took effect; its result is about to be written down."""
+    NOT_HAPPENED = "not_happened"
+    """It was found not to have taken effect. Should it after all, it is undone."""
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether there may be something to undo that nothing is known of yet."""
+        return self in (StepState.CALLING, StepState.UNRESOLVED, StepState.HAPPENED)
 
     @property
     def owes_compensation(self) -> bool:
@@ -57,7 +71,7 @@ class StepState(StrEnum):
 
     @property
     def waits_for_a_person(self) -> bool:
-        return self in (StepState.STUCK, StepState.COMPENSATION_STUCK)
+        return self in (StepState.STUCK, StepState.UNRESOLVED, StepState.COMPENSATION_STUCK)
 
 
 SAGA_TRANSITIONS: Final[Mapping[SagaState, frozenset[SagaState]]] = MappingProxyType(
@@ -70,11 +84,32 @@ SAGA_TRANSITIONS: Final[Mapping[SagaState, frozenset[SagaState]]] = MappingProxy
         SagaState.COMPENSATED: frozenset(),
     }
 )
+_OUTCOMES: Final = frozenset(
+    {
+        StepState.DONE, StepState.REJECTED, StepState.SKIPPED, StepState.STUCK, StepState.CALLING,
+    }
+)  # fmt: skip
+_AFTER_A_CALL: Final = frozenset(
+    {
+        StepState.DONE, StepState.REJECTED, StepState.COMPENSATING, StepState.NOT_HAPPENED,
+        StepState.UNRESOLVED,
+    }
+)  # fmt: skip
 STEP_TRANSITIONS: Final[Mapping[StepState | None, frozenset[StepState]]] = MappingProxyType(
     {
-        None: frozenset({StepState.DONE, StepState.REJECTED, StepState.SKIPPED, StepState.STUCK}),
-        StepState.STUCK: frozenset(
-            {StepState.DONE, StepState.REJECTED, StepState.SKIPPED, StepState.STUCK}
+        None: _OUTCOMES,
+        StepState.STUCK: _OUTCOMES,
+        StepState.CALLING: _AFTER_A_CALL,
+        StepState.UNRESOLVED: _AFTER_A_CALL | {StepState.HAPPENED},
+        StepState.HAPPENED: _AFTER_A_CALL,
+        StepState.NOT_HAPPENED: frozenset(
+            {
+                StepState.CALLING,
+                StepState.DONE,
+                StepState.REJECTED,
+                StepState.COMPENSATING,
+                StepState.UNRESOLVED,
+            }
         ),
         StepState.DONE: frozenset({StepState.COMPENSATING, StepState.COMPENSATED}),
         StepState.COMPENSATING: frozenset({StepState.COMPENSATED, StepState.COMPENSATION_STUCK}),
@@ -184,6 +219,9 @@ class Journal(Protocol):
         self, key: RunKey, before: StepState, after: StepState, *, reason: str | None = None
     ) -> None:
         """Move a recorded run on. Raises `IllegalTransition` if it does not stand at *before*."""
+
+    def verdict(self, key: RunKey) -> str | None:
+        """The event, as JSON, that a person gave who said that a call took effect."""
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
         """All runs of a saga, oldest first."""

@@ -1,4 +1,4 @@
-"""What a person does to a saga that does not go on by itself: resume, abort, skip a compensation.
+"""What a person does to a saga that does not go on by itself: resume, abort, skip, resolve.
 
 Each verb is one transaction on one participant's database. Why it is safe while workers go on:
 
@@ -19,7 +19,8 @@ Who did what, and why, is kept in `saga_intervention` in the same commit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -35,10 +36,10 @@ from outbox.statements import statement
 from saga.control import CompensationDue, register_control_events
 from saga.errors import Refused
 from saga.journal import RunKey, SagaRow, SagaState, StepState
-from saga.runtime import Runtime, shortened
+from saga.runtime import Runtime, reset_stuck, shortened
 from saga.step import decide_to_abort
 from saga.store import SqlJournal
-from saga.unwinding import count_as_undone
+from saga.unwinding import close, count_as_undone
 
 _LOCK: Final = """
 SELECT participant, definition, decides, state, stuck, reason FROM {schema}.saga
@@ -52,8 +53,8 @@ ORDER BY ordinal
 """
 _RECORD: Final = """
 INSERT INTO {schema}.saga_intervention
-    (saga_id, participant, verb, step, trigger_id, operator, reason)
-VALUES (:saga_id, :participant, :verb, :step, :trigger_id, :operator, :reason)
+    (saga_id, participant, verb, step, trigger_id, operator, reason, event)
+VALUES (:saga_id, :participant, :verb, :step, :trigger_id, :operator, :reason, :event)
 """
 # An event of a saga has the saga's id in it; what is owed to a compensation, its run's trigger too.
 _ABOUT: Final = """
@@ -165,7 +166,7 @@ def skip_compensation(
     that owes a compensation, or more than one (give *trigger_id*).
     """
     here = _Here(session, saga_id, schema)
-    run = _the_one_that_owes(here.runs(participant), saga_id, step, trigger_id)
+    run = here.the_run(step, participant, trigger_id, _owes, "owes a compensation")
     key = RunKey(saga_id, run.step, run.trigger_id)
     reason = f"skipped by {operator.name}: {operator.reason}"
     if not count_as_undone(here.runtime(run.participant), session, key, shortened(reason)):
@@ -173,7 +174,50 @@ def skip_compensation(
     here.record(
         run.participant, "skip-compensation", operator, step=step, trigger_id=key.trigger_id
     )
-    here.withdraw_compensation(run, reason)
+    here.withdraw(run, reason)
+    return key
+
+
+def resolve(
+    session: Session,
+    saga_id: UUID,
+    step: str,
+    operator: Operator,
+    *,
+    happened: bool,
+    event: str | None = None,
+    participant: str | None = None,
+    trigger_id: UUID | None = None,
+    schema: str = DEFAULT_SCHEMA,
+) -> RunKey:
+    """Say whether the call of an unresolved external step took effect; returns the run's key.
+
+    If it did, a worker writes that down, with *event* (the payload as JSON) where the step emits
+    one, or undoes it. If not, a worker calls again, or the run ends with its aborted saga. Raises
+    `Refused`, with the reason.
+    """
+    if event is not None:
+        _check_json(event)
+    here = _Here(session, saga_id, schema)
+    rows = {row.participant: row for row in here.lock(participant)}
+    run = here.the_run(step, participant, trigger_id, _is_unresolved, "is unresolved")
+    row = rows[run.participant]
+    runtime = here.runtime(run.participant)
+    journal = runtime.open_journal(session)
+    saga = SagaRow(saga_id, SagaState(row.state), row.stuck, row.reason)
+    key = RunKey(saga_id, run.step, run.trigger_id)
+    after = StepState.HAPPENED if happened else StepState.NOT_HAPPENED
+    reason = f"said by {operator.name}: {operator.reason}"
+    journal.advance(key, StepState.UNRESOLVED, after, reason=shortened(reason))
+    here.record(
+        run.participant, "resolve", operator, step=key.step, trigger_id=key.trigger_id, event=event
+    )
+    if saga.state.aborted and not happened:
+        close(runtime, journal, saga, None)
+        here.withdraw(run, reason)
+    else:
+        reset_stuck(journal, saga)
+        here.give_back(run)
     return key
 
 
@@ -198,6 +242,37 @@ class _Here:
     def runs(self, participant: str | None) -> Sequence[Any]:
         return self._rows(_RUNS, participant=participant)
 
+    def the_run(
+        self,
+        step: str,
+        participant: str | None,
+        trigger_id: UUID | None,
+        is_meant: Callable[[Any], bool],
+        what: str,
+    ) -> Any:
+        """The one run of *step* that *is_meant*. Raises `Refused`, saying what there is."""
+        runs = self.runs(participant)
+        named = [
+            run
+            for run in runs
+            if step in (run.step, f"{run.participant}.{run.step}")
+            and trigger_id in (None, run.trigger_id)
+        ]
+        meant = [run for run in named if is_meant(run)]
+        if len(meant) == 1:
+            return meant[0]
+        if meant:
+            which = ", ".join(f"{run.participant}.{run.step} {run.trigger_id}" for run in meant)
+            raise Refused(
+                f"each of {len(meant)} runs of {step} {what}; say which, with --trigger and "
+                f"--participant: {which}"
+            )
+        if named:
+            states = ", ".join(f"{run.participant}.{run.step} is {run.state}" for run in named)
+            raise Refused(f"no run of {step} in saga {self.saga_id} {what}: {states}")
+        known = ", ".join(dict.fromkeys(f"{run.participant}.{run.step}" for run in runs)) or "none"
+        raise Refused(f"saga {self.saga_id} has no run of {step} here; its runs here: {known}")
+
     def runtime(self, participant: str) -> Runtime:
         """The runtime without the participant's code: control events are all that it can read."""
         registry = Registry()
@@ -214,6 +289,7 @@ class _Here:
         *,
         step: str | None = None,
         trigger_id: UUID | None = None,
+        event: str | None = None,
     ) -> None:
         self.session.execute(
             statement(_RECORD, self.schema),
@@ -225,6 +301,7 @@ class _Here:
                 "trigger_id": trigger_id,
                 "operator": shortened(operator.name),
                 "reason": shortened(operator.reason),
+                "event": event,
             },
         )
 
@@ -240,7 +317,7 @@ class _Here:
             return _resumed(run, f"dead letter {', '.join(map(str, redriven))}")
         if self._rows(_OWED, **about):
             return _resumed(run, "under way already")
-        if run.state == StepState.STUCK:
+        if not _owes(run):
             return self._give_back_a_step(run)
         due = CompensationDue(self.saga_id, run.step, run.trigger_id)
         envelope = self.runtime(run.participant).envelope(due, self.saga_id, None)
@@ -274,7 +351,7 @@ class _Here:
         pending.owe(self.session, owed, "redrive", schema=self.schema)
         return _resumed(run, "the journal")
 
-    def withdraw_compensation(self, run: Any, reason: str) -> None:
+    def withdraw(self, run: Any, reason: str) -> None:
         about = self._about(run)
         for row in self._rows(_LETTERS, **about):
             dead_letters.discard(self.session, Matching(id=row.id), reason, schema=self.schema)
@@ -285,7 +362,7 @@ class _Here:
         """What finds the deliveries of a run: those of its compensation, once it owes one."""
         handler = f"{run.participant}.{run.step}"
         saga = str(self.saga_id).encode()
-        if not StepState(run.state).owes_compensation:
+        if not _owes(run):
             trigger = None if run.trigger_id == self.saga_id else str(run.trigger_id).encode()
             return {"handler": handler, "saga": saga, "trigger": trigger}
         trigger = str(run.trigger_id).encode()
@@ -296,39 +373,29 @@ class _Here:
         return self.session.execute(statement(template, self.schema), values).all()
 
 
-def _the_one_that_owes(
-    runs: Sequence[Any], saga_id: UUID, step: str, trigger_id: UUID | None
-) -> Any:
-    named = [
-        run
-        for run in runs
-        if step in (run.step, f"{run.participant}.{run.step}")
-        and trigger_id in (None, run.trigger_id)
-    ]
-    owing = [run for run in named if StepState(run.state).owes_compensation]
-    if len(owing) == 1:
-        return owing[0]
-    if owing:
-        which = ", ".join(f"{run.participant}.{run.step} {run.trigger_id}" for run in owing)
-        raise Refused(
-            f"{len(owing)} runs of {step} owe their compensation; say which, with --trigger and "
-            f"--participant: {which}"
-        )
-    if named:
-        states = ", ".join(f"{run.participant}.{run.step} is {run.state}" for run in named)
-        raise Refused(f"no run of {step} in saga {saga_id} owes a compensation: {states}")
-    known = ", ".join(dict.fromkeys(f"{run.participant}.{run.step}" for run in runs)) or "none"
-    raise Refused(f"saga {saga_id} has no run of {step} here; its runs here: {known}")
-
-
 def _why_not_aborted(state: SagaState) -> str:
     if state is SagaState.COMPLETED:
         return "it is decided, and a decision is not taken back; undo it with a saga of its own"
     return "it has been aborted before"
 
 
+def _check_json(event: str) -> None:
+    try:
+        json.loads(event)
+    except ValueError as error:
+        raise Refused(f"the event given is no JSON: {error}") from error
+
+
 def _is_stuck(run: Any) -> bool:
     return StepState(run.state).waits_for_a_person
+
+
+def _is_unresolved(run: Any) -> bool:
+    return StepState(run.state) is StepState.UNRESOLVED
+
+
+def _owes(run: Any) -> bool:
+    return StepState(run.state).owes_compensation
 
 
 def _resumed(run: Any, by: str, *, goes_on: bool = True) -> Resumed:

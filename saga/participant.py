@@ -36,7 +36,20 @@ from saga.choreography import (
     StepSpec,
 )
 from saga.context import SAGA_ID, current
-from saga.declaration import EventClasses, F, Join, Owner, P, R, Reaction, Start, Step, event_types
+from saga.declaration import (
+    EventClasses,
+    ExternalStep,
+    F,
+    Join,
+    Owner,
+    P,
+    R,
+    Reaction,
+    Start,
+    Step,
+    event_types,
+)
+from saga.external import finish_call, park_call, prepare_call
 from saga.join import park_join, run_join
 from saga.runtime import Runtime
 from saga.start import start
@@ -101,6 +114,7 @@ class Participant(Service):
         rejects: EventClasses = None,
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
+        external: bool = False,
         name: str | None = None,
         retry: RetryPolicy | None = None,
         compensation_retry: RetryPolicy | None = None,
@@ -113,6 +127,8 @@ class Participant(Service):
         up, the saga is stuck until a person redrives it, or, with ``exhausted="abort"``, aborted:
         only for a step whose failed attempts leave nothing behind anywhere. *name* (by default the
         function's) stands in the journal and in the inbox, so it must outlive refactorings.
+        An *external* one acts outside of the database: it is `fn(event)`, called outside of any
+        transaction after the intent to do so was committed (see `saga.external`).
         Raises `ConfigurationError` at import, with the file and the line.
         """
         place = Place.of_caller()
@@ -122,13 +138,17 @@ class Participant(Service):
         refusals = event_types(rejects, self.registry, what)
 
         def declare(function: Callable[P, R]) -> Step[P, R]:
-            step = Step(
+            step = (ExternalStep if external else Step)(
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
                 exhausted=exhausted,
             )  # fmt: skip
             self._declare(step, compensation_retry)
-            self._add_reaction(step, run_step, park_step, retry)
+            if isinstance(step, ExternalStep):
+                prepare = partial(prepare_call, self._runtime, step)
+                self._add_reaction(step, finish_call, park_call, retry, prepare)
+            else:
+                self._add_reaction(step, run_step, park_step, retry)
             return step
 
         return declare
@@ -292,6 +312,7 @@ class Participant(Service):
         run: Callable[[Runtime, R_, Any, Any], None],
         park: Callable[[Runtime, R_, Any, Any, BaseException], None],
         retry: RetryPolicy | None,
+        prepare: Callable[[Any, Any], Callable[[], Any] | None] | None = None,
     ) -> None:
         self._add(
             Handler(
@@ -301,6 +322,7 @@ class Participant(Service):
                 retry=retry or self.retry,
                 exhausted=partial(park, self._runtime, reaction),
                 versions=frozenset((one.name, one.version) for one in reaction.on),
+                prepare=prepare,
             )
         )
 

@@ -90,7 +90,7 @@ class StepStanding:
 
     @property
     def is_stuck(self) -> bool:
-        return self.state in ("stuck", "compensation_stuck")
+        return self.state in ("stuck", "unresolved", "compensation_stuck")
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,12 @@ def perform(runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], ru
             answer = reaction.function(*run.arguments, journal.session)
             journal.flush()
     except Reject as rejection:
-        _reject(runtime, journal, reaction, run, rejection)
+        reject(runtime, journal, reaction, run, rejection)
     else:
-        _finish(runtime, journal, reaction, run, answer)
+        finish(runtime, journal, reaction, run, answer)
 
 
-def _finish(
+def finish(
     runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: Run, answer: object
 ) -> None:
     reaction.check_answer(answer)
@@ -104,7 +104,7 @@ def _finish(
         emitted=None if emitted is None else emitted.body,
     )
     saga = run.saga
-    if run.before is StepState.STUCK:
+    if saga.stuck and run.before is not None:
         saga = reset_stuck(journal, saga)
     if reaction.completes:
         journal.move(saga, SagaState.COMPLETED, stuck=saga.stuck, reason=saga.reason)
@@ -112,7 +112,7 @@ def _finish(
         runtime.publish(journal, completed, saga.saga_id, run.trigger)
 
 
-def _reject(
+def reject(
     runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: Run, rejection: Reject
 ) -> None:
     reaction.check_rejection(rejection.event)

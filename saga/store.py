@@ -94,6 +94,11 @@ UPDATE {schema}.saga_step SET state = :after, reason = :reason, changed_at = clo
 WHERE saga_id = :saga_id AND participant = :participant AND step = :step
     AND trigger_id = :trigger_id AND state = :before
 """
+_VERDICT: Final = """
+SELECT event FROM {schema}.saga_intervention WHERE saga_id = :saga_id
+    AND participant = :participant AND step = :step AND trigger_id = :trigger_id
+    AND verb = 'resolve' ORDER BY id DESC LIMIT 1
+"""
 _RUNS: Final = """
 SELECT step, trigger_id, state, reason FROM {schema}.saga_step
 WHERE saga_id = :saga_id AND participant = :participant ORDER BY ordinal
@@ -193,6 +198,10 @@ class SqlJournal:
             _ADVANCE_RUN, **_columns(key), before=before, after=after, reason=reason
         )
         self._require_one(result, f"{key} does not stand at {before}")
+
+    def verdict(self, key: RunKey) -> str | None:
+        event: str | None = self._execute(_VERDICT, **_columns(key)).scalar()
+        return event
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
         return [

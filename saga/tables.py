@@ -69,7 +69,8 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         PrimaryKeyConstraint("saga_id", "participant", "step", "trigger_id"),
         CheckConstraint(
             "state IN ('done', 'rejected', 'skipped', 'stuck', "
-            "'compensating', 'compensation_stuck', 'compensated')",
+            "'compensating', 'compensation_stuck', 'compensated', "
+            "'calling', 'unresolved', 'happened', 'not_happened')",
             name="saga_step_state_check",
         ),
         schema=schema,
@@ -96,6 +97,7 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("trigger_id", Uuid),
         Column("operator", Text, nullable=False),
         Column("reason", Text, nullable=False),
+        Column("event", Text),
         moment("at"),
         Index("saga_intervention_of_saga", "saga_id", "participant"),
         schema=schema,

@@ -34,14 +34,18 @@ def unwind(
     runtime: Runtime, journal: Journal, saga: SagaRow, *, reason: str, cause: Envelope
 ) -> None:
     """Seal a running saga here: call off what is stuck, and owe the compensation of what was done."""
-    owes = False
+    owes = stuck = False
     for run in [] if saga.new else journal.runs(saga.saga_id):
         if run.state is StepState.STUCK:
             journal.advance(run.key, run.state, StepState.SKIPPED, reason="aborted while stuck")
         elif run.state is StepState.DONE:
             owes |= _owe_compensation(runtime, journal, run, cause)
+        elif run.state.is_uncertain:
+            # Its delivery is owed, and will say whether there is something to undo (`external`).
+            owes = True
+            stuck |= run.state.waits_for_a_person
     state = SagaState.COMPENSATING if owes else SagaState.COMPENSATED
-    journal.move(saga, state, stuck=False, reason=reason)
+    journal.move(saga, state, stuck=stuck, reason=reason)
     if not owes:
         runtime.publish(journal, SagaUndone(saga.saga_id, runtime.participant), saga.saga_id, cause)
 
@@ -52,13 +56,17 @@ def _owe_compensation(runtime: Runtime, journal: Journal, run: StepRow, cause: E
         journal.advance(run.key, run.state, StepState.COMPENSATED, reason=reaction.nothing_to_undo)
         return False
     journal.advance(run.key, run.state, StepState.COMPENSATING)
-    due = CompensationDue(run.key.saga_id, run.key.step, run.key.trigger_id)
+    owe_compensation(runtime, journal, run.key, cause)
+    return True
+
+
+def owe_compensation(runtime: Runtime, journal: Journal, key: RunKey, cause: Envelope) -> None:
+    """Owe a run that is compensating the delivery that undoes it."""
+    due = CompensationDue(key.saga_id, key.step, key.trigger_id)
     # Also for a step that this deployment does not know: its delivery waits for one that does.
     journal.schedule(
-        runtime.compensation_handler(run.key.step),
-        runtime.envelope(due, run.key.saga_id, cause),
+        runtime.compensation_handler(key.step), runtime.envelope(due, key.saga_id, cause)
     )
-    return True
 
 
 def compensate(
@@ -75,7 +83,7 @@ def compensate(
     _undo(runtime, journal, reaction, run)
     saga = journal.lock(key.saga_id)
     journal.advance(key, run.state, StepState.COMPENSATED)
-    _close(runtime, journal, saga, delivery.envelope)
+    close(runtime, journal, saga, delivery.envelope)
 
 
 def count_as_undone(runtime: Runtime, session: Session, key: RunKey, reason: str) -> bool:
@@ -86,7 +94,7 @@ def count_as_undone(runtime: Runtime, session: Session, key: RunKey, reason: str
         return False
     saga = journal.lock(key.saga_id)
     journal.advance(key, run.state, StepState.COMPENSATED, reason=reason)
-    _close(runtime, journal, saga, None)
+    close(runtime, journal, saga, None)
     return True
 
 
@@ -121,10 +129,10 @@ def _triggers(
     return [runtime.read(arrived[event_type.name]) for event_type in reaction.on]
 
 
-def _close(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
+def close(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
     """Say how much is left to undo here, and end the saga where that is nothing."""
     runs = journal.runs(saga.saga_id)
-    owed = [run.key for run in runs if run.state.owes_compensation]
+    owed = [run.key for run in runs if run.state.owes_compensation or run.state.is_uncertain]
     journal.move(
         saga,
         saga.state if owed else SagaState.COMPENSATED,

@@ -22,6 +22,9 @@ _COMMANDS: Final = {
     "stuck": Lazy("saga.cli.standing", "List sagas that wait for a person.", "stuck_command"),
     "resume": Lazy("saga.cli.operating", "Try again what is stuck.", "resume_command"),
     "abort": Lazy("saga.cli.operating", "Abort a running saga and undo it.", "abort_command"),
+    "resolve": Lazy(
+        "saga.cli.operating", "Say whether a call outside took effect.", "resolve_command"
+    ),
     "skip-compensation": Lazy(
         "saga.cli.operating", "Count a step as undone by hand.", "skip_compensation_command"
     ),

@@ -159,6 +159,55 @@ def skip_compensation_command(
         click.echo(f"{key} counts as compensated")
 
 
+@click.command("resolve")
+@click.argument("saga_id", type=click.UUID)
+@click.argument("step")
+@_common
+@click.option("--happened/--did-not-happen", default=None, help="Whether the call took effect.")
+@click.option("--event", metavar="JSON", help="With --happened: the payload that the step emits.")
+@click.option("--trigger", type=click.UUID, help="Which run, where the step ran more than once.")
+@click.option("--reason", required=True, help="How you know; it is kept with the saga.")
+@reporting_problems
+def resolve_command(
+    saga_id: UUID,
+    step: str,
+    database_url: str,
+    schema: str,
+    participant: str | None,
+    by: str | None,
+    as_json: bool,
+    happened: bool | None,
+    event: str | None,
+    trigger: UUID | None,
+    reason: str,
+) -> None:
+    """Say whether the call of an unresolved external STEP took effect, once nothing else can tell.
+
+    A worker then goes on: it writes the result down or calls again; in an aborted saga it undoes
+    what happened.
+    """
+    from saga import operating
+
+    if happened is None:
+        raise click.UsageError("say --happened or --did-not-happen")
+    if event is not None and not happened:
+        raise click.UsageError("--event goes with --happened")
+    operator = operating.Operator(by or _user(), reason)
+    key = _carry_out(
+        database_url,
+        "saga resolve",
+        lambda session: operating.resolve(
+            session, saga_id, step, operator, happened=bool(happened), event=event,
+            participant=participant, trigger_id=trigger, schema=schema,
+        ),
+    )  # fmt: skip
+    if as_json:
+        document = {"saga_id": saga_id, "step": key.step, "trigger_id": key.trigger_id}
+        print_json({**document, "happened": happened, "operator": operator.name})
+    else:
+        click.echo(f"{key}: {'happened' if happened else 'did not happen'}")
+
+
 def _carry_out(database_url: str, command: str, stage: Callable[[Session], R]) -> R:
     """One transaction, again after a deadlock; a worker that does not let go is a problem."""
     from sqlalchemy import text

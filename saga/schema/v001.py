@@ -35,7 +35,8 @@ UP: Final = (
         trigger_id  uuid        NOT NULL,
         state       text        NOT NULL CHECK (state IN
                         ('done', 'rejected', 'skipped', 'stuck',
-                         'compensating', 'compensation_stuck', 'compensated')),
+                         'compensating', 'compensation_stuck', 'compensated',
+                         'calling', 'unresolved', 'happened', 'not_happened')),
         trigger     bytea       NOT NULL,
         emitted     bytea,
         reason      text,
@@ -71,6 +72,7 @@ UP: Final = (
         trigger_id  uuid,
         operator    text        NOT NULL,
         reason      text        NOT NULL,
+        event       text,
         at          timestamptz NOT NULL DEFAULT clock_timestamp(),
         FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
     )
