@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -98,6 +100,8 @@ class Handler:
     attempt. What it returns is called after that commit, in no transaction, and must not return
     None; `run` then writes the result down, even where the delivery was settled meanwhile, so it
     has to know by itself what it has had. A failed call is a failed attempt."""
+    defined_at: tuple[str, int] | None = None
+    """File and line of the function behind it, where that is known."""
 
     @property
     def owns_transactions(self) -> bool:
@@ -131,6 +135,24 @@ class Service:
         self.queue = queue or f"{name}.events"
         self.retry = retry or RetryPolicy()
         self._handlers: dict[str, Handler] = {}
+        self._published: dict[EventType, tuple[str, int]] = {}
+
+    def publishes(self, *classes: type[Any]) -> None:
+        """Say that the service publishes events of *classes* by itself (`publish`).
+
+        Nothing depends on it at run time. Checks, exported contracts and drawings tell by it who
+        says what, and compare its schema with that of who listens. Raises `ConfigurationError` for
+        a class that is no event.
+        """
+        caller = sys._getframe(1)
+        for cls in classes:
+            event_type = self._event_type(cls, "publish")
+            self._published.setdefault(event_type, (caller.f_code.co_filename, caller.f_lineno))
+
+    @property
+    def published(self) -> Mapping[EventType, tuple[str, int]]:
+        """The event types that it is declared to publish by itself, with file and line."""
+        return MappingProxyType(self._published)
 
     def on(
         self,
@@ -146,7 +168,7 @@ class Service:
         class, a class that is no event, a function that does not take two arguments, a name
         that another handler has.
         """
-        event_types = [self._event_type(cls) for cls in classes]
+        event_types = [self._event_type(cls, "subscribe") for cls in classes]
         versions = frozenset((event_type.name, event_type.version) for event_type in event_types)
 
         def register(function: F) -> F:
@@ -159,6 +181,7 @@ class Service:
                     retry=retry or self.retry,
                     exhausted=exhausted,
                     versions=versions,
+                    defined_at=_definition(function),
                 )
             )
             return function
@@ -212,14 +235,19 @@ class Service:
             session, events, source=self.name, registry=self.registry, schema=self.schema
         )
 
-    def _event_type(self, cls: type[Any]) -> EventType:
+    def _event_type(self, cls: type[Any], what: str) -> EventType:
         try:
             return self.registry.of_class(cls)
         except UnregisteredEvent as error:
-            raise ConfigurationError(f"service {self.name} cannot subscribe: {error}") from error
+            raise ConfigurationError(f"service {self.name} cannot {what}: {error}") from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+def _definition(function: Callable[..., Any]) -> tuple[str, int] | None:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno)
 
 
 def _check_callable(function: Callable[..., Any]) -> None:

@@ -61,6 +61,14 @@ class EventRef:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """An event that a service takes or publishes outside of its steps and joins."""
+
+    event: EventRef
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
 class StartSpec:
     """An event that opens a saga."""
 

@@ -8,8 +8,8 @@ places in the source, and the JSON Schema of every event that the service writes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,7 +18,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from outbox.errors import ConfigurationError
 from outbox.events import EventType, Registry, brief
 from outbox.service import Handler, Service
-from saga.choreography import EventRef, ParticipantSpec
+from saga.choreography import EventRef, ParticipantSpec, Place, Plain
 from saga.participant import Participant
 
 FORMAT: Final = 1
@@ -45,13 +45,23 @@ class Contract:
 
     participant: ParticipantSpec
     events: tuple[EventContract, ...]
-    subscribes: tuple[EventRef, ...] = ()
+    subscriptions: tuple[Plain, ...] = ()
     """What it takes without being part of the saga."""
+    publications: tuple[Plain, ...] = ()
+    """What it says by plain publishing."""
     format: int = FORMAT
 
     @property
     def name(self) -> str:
         return self.participant.name
+
+    @property
+    def subscribes(self) -> tuple[EventRef, ...]:
+        return tuple(one.event for one in self.subscriptions)
+
+    @property
+    def publishes(self) -> tuple[EventRef, ...]:
+        return tuple(one.event for one in self.publications)
 
     @property
     def takes(self) -> tuple[EventRef, ...]:
@@ -63,14 +73,14 @@ class Contract:
 
     @property
     def says(self) -> tuple[EventRef, ...]:
-        """What it is declared to emit or to reject with."""
+        """What it is declared to emit, to reject with or to publish."""
         spec = self.participant
         refs = [start.event for start in spec.starts]
         for step in spec.steps:
             refs += [*step.emits, *step.rejects]
         for join in spec.joins:
             refs += [*join.emits, *join.rejects]
-        return tuple(dict.fromkeys(refs))
+        return tuple(dict.fromkeys([*refs, *self.publishes]))
 
     def event(self, ref: EventRef) -> EventContract | None:
         return next((event for event in self.events if event.event == ref), None)
@@ -97,7 +107,11 @@ def contract_of(service: Service) -> Contract:
         if isinstance(service, Participant)
         else ParticipantSpec(service.name, (), (), ())
     )
-    bare = Contract(spec, (), tuple(sorted(set(_subscriptions(service, spec)))))
+    published = [
+        Plain(EventRef.to(event_type), Place(*defined_at))
+        for event_type, defined_at in service.published.items()
+    ]
+    bare = Contract(spec, (), _once(_subscriptions(service, spec)), _once(published))
     mentioned = {ref.name for ref in (*bare.takes, *bare.says)}
     events = [
         _event_contract(event_type, service.registry)
@@ -105,7 +119,7 @@ def contract_of(service: Service) -> Contract:
         if event_type.name in mentioned
     ]
     ordered = tuple(sorted(events, key=lambda one: one.event))
-    return Contract(spec, ordered, bare.subscribes)
+    return replace(bare, events=ordered)
 
 
 def to_json(contract: Contract) -> str:
@@ -140,7 +154,7 @@ def _refuse_later_format(path: Path, text: bytes) -> None:
     # Before the rest is looked at: a later format may look like anything.
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     version = found.get("format") if isinstance(found, dict) else None
     if isinstance(version, int) and version > FORMAT:
@@ -149,22 +163,31 @@ def _refuse_later_format(path: Path, text: bytes) -> None:
         )
 
 
-def _subscriptions(service: Service, spec: ParticipantSpec) -> Iterator[EventRef]:
+def _once(plain: Iterable[Plain]) -> tuple[Plain, ...]:
+    """Each event once, at its first place."""
+    firsts: dict[EventRef, Plain] = {}
+    for one in plain:
+        firsts.setdefault(one.event, one)
+    return tuple(firsts[event] for event in sorted(firsts))
+
+
+def _subscriptions(service: Service, spec: ParticipantSpec) -> Iterator[Plain]:
     names = [*(step.name for step in spec.steps), *(join.name for join in spec.joins)]
     reactions = {f"{spec.name}.{name}" for name in names}
     plain = set(service.subscriptions if isinstance(service, Participant) else service.bindings)
     for handler in service.handlers:
         if handler.subscribes and handler.name not in reactions:
-            for name in handler.event_types & plain:
+            for name in sorted(handler.event_types & plain):
                 yield from _taken_by(handler, name, service.registry)
 
 
-def _taken_by(handler: Handler, name: str, registry: Registry) -> Iterator[EventRef]:
+def _taken_by(handler: Handler, name: str, registry: Registry) -> Iterator[Plain]:
+    place = None if handler.defined_at is None else Place(*handler.defined_at)
     for event_type in registry:
         ref = EventRef.to(event_type)
         wanted = not handler.versions or (ref.name, ref.version) in handler.versions
         if ref.name == name and wanted:
-            yield ref
+            yield Plain(ref, place)
 
 
 def _event_contract(event_type: EventType, registry: Registry) -> EventContract:

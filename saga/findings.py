@@ -20,7 +20,7 @@ class Finding:
     severity: Severity
     message: str
     place: Place | None
-    """None for what has no line of its own: a plain service's subscription."""
+    """None where it is not known: a handler that was made by hand."""
 
     def __str__(self) -> str:
         where = f"{relative(self.place.file)}:{self.place.line}" if self.place else "-"
@@ -59,11 +59,13 @@ def listed(items: Iterable[object]) -> str:
 
 
 def place_of(contract: Contract) -> Place | None:
-    """Where a service's declarations begin; a plain service has none that are known."""
+    """Where a service's declarations begin; None where that is not known."""
     spec = contract.participant
     places = [one.place for one in spec.starts]
     places += [one.place for one in spec.steps]
     places += [one.place for one in spec.joins]
+    plain = (*contract.subscriptions, *contract.publications)
+    places += [one.place for one in plain if one.place is not None]
     return min(places, default=None)
 
 

@@ -194,6 +194,11 @@ class Flow:
         """Who takes an event type without being part of the saga, by its name."""
         return _by_name((ref.name, one) for one in self.contracts for ref in one.subscribes)
 
+    @cached_property
+    def publishers(self) -> dict[str, list[Contract]]:
+        """Who publishes an event type outside of its steps and joins, by its name."""
+        return _by_name((ref.name, one) for one in self.contracts for ref in one.publishes)
+
     def after(self, action: Action) -> list[Action]:
         """The actions that can follow *action* directly."""
         found = [taker for name in action.answers for taker in self.consumers.get(name, ())]

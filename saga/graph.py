@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
@@ -16,6 +17,20 @@ _DOT_SHAPES: Final = {"start": "oval", "step": "box", "join": "hexagon"}
 _LIT: Final = "#ffd54f"
 
 Arrow = tuple[Action, str, Action]
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a saga ends; no string, as a service may have that name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_ABORTED: Final = _End("aborted")
+_COMPLETED: Final = _End("completed")
 
 
 def arrows(flow: Flow) -> list[Arrow]:
@@ -47,9 +62,9 @@ def mermaid(flow: Flow, standing: Iterable[str] = ()) -> str:
     for action in flow.actions:
         if action.can_abort:
             why = " or ".join(ref.name for ref in action.rejects) or "gives up"
-            lines.append(f'  {ids(action)} -. "{why}" .-> {ids("aborted")}((("aborted")))')
+            lines.append(f'  {ids(action)} -. "{why}" .-> {ids(_ABORTED)}((("aborted")))')
         if action.completes:
-            lines.append(f'  {ids(action)} ==> {ids("completed")}((("completed")))')
+            lines.append(f'  {ids(action)} ==> {ids(_COMPLETED)}((("completed")))')
     lines += [f"  style {ids(one)} fill:{_LIT}" for one in flow.actions if str(one) in lit]
     return "\n".join(lines) + "\n"
 
@@ -82,7 +97,7 @@ def svg(flow: Flow) -> bytes:
         graphviz: Any = import_module("graphviz")
     except ImportError:
         raise ConfigurationError(
-            "an SVG needs the Python package graphviz: pip install graphviz "
+            "an SVG needs the Python package graphviz: pip install 'outbox-saga[graph]' "
             "(or take --format mermaid, which needs nothing)"
         ) from None
     try:
@@ -135,7 +150,7 @@ def _told(flow: Flow) -> Iterator[tuple[Action, str, str]]:
 
 
 def _dot_endings(flow: Flow, ids: Callable[[object], str]) -> Iterator[str]:
-    aborted, completed = ids("aborted"), ids("completed")
+    aborted, completed = ids(_ABORTED), ids(_COMPLETED)
     if any(action.can_abort for action in flow.actions):
         yield f"  {aborted} [label=aborted, shape=doublecircle];"
     if any(action.completes for action in flow.actions):

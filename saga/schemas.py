@@ -22,7 +22,11 @@ _EXACT: Final = ("format", "pattern", "multipleOf", "uniqueItems")
 def unreadable(written: Schema, accepted: Schema) -> list[str]:
     """Why something written by *written* may not be read by *accepted*; empty where all of it can."""
     comparison = _Comparison(written.get("$defs", {}), accepted.get("$defs", {}))
-    return list(dict.fromkeys(comparison.problems(written, accepted, "")))
+    try:
+        return list(dict.fromkeys(comparison.problems(written, accepted, "")))
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
+        # Contracts are files, and whoever sent one may have edited it.
+        return [f"one of the two schemas is no JSON Schema ({type(error).__name__}: {error})"]
 
 
 @dataclass

@@ -26,6 +26,12 @@ class Problem(click.ClickException):
     """Something is wrong; shown without a traceback, and the exit code is 1."""
 
 
+class CalledWrongly(Problem):
+    """What the command was pointed at cannot be used; the exit code is 2."""
+
+    exit_code = 2
+
+
 def masked(text: str) -> str:
     """*text* without the passwords of URLs and connection strings in it."""
     text = _PASSWORD_IN_URL.sub(lambda found: f"{found[1]}:***" if found[1] else "***", text)
@@ -38,7 +44,8 @@ def printable(text: str) -> str:
 
 
 def reporting_problems(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors of this package, of the database and of the broker into a message and exit 1.
+    """Turn errors of this package, of the database and of the broker into a message and exit 1 (2
+    for `CalledWrongly`).
 
     With `--json` the message is `{"error": ...}` on standard output.
     """
@@ -53,7 +60,9 @@ def reporting_problems(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             if kwargs.get("as_json"):
                 print_json({"error": message})
-                sys.exit(1)
+                sys.exit(error.exit_code if isinstance(error, Problem) else 1)
+            if isinstance(error, Problem):
+                raise
             raise Problem(message) from error
 
     return run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from outbox.cli.output import CalledWrongly
 from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -22,7 +25,23 @@ targets = click.argument("targets", nargs=-1, required=True, metavar="TARGET..."
 
 
 def contracts(named: Iterable[str]) -> list[Contract]:
-    """The contracts that the targets name, each once. Raises `ConfigurationError`."""
+    """The contracts that the targets name, each once. Raises `CalledWrongly`."""
+    try:
+        return _contracts(named)
+    except ConfigurationError as error:
+        raise CalledWrongly(str(error)) from error
+
+
+def one_contract(target: str) -> Contract:
+    """The one contract that *target* names. Raises `CalledWrongly` for several."""
+    found = contracts([target])
+    if len(found) > 1:
+        names = ", ".join(contract.name for contract in found)
+        raise CalledWrongly(f"{target} holds several ({names}): name one as module:attribute")
+    return found[0]
+
+
+def _contracts(named: Iterable[str]) -> list[Contract]:
     from saga.contract import contract_of, read_contract
 
     found: list[Contract] = []
@@ -33,15 +52,6 @@ def contracts(named: Iterable[str]) -> list[Contract]:
         else:
             services.update({id(service): service for service in _services(target)})
     return [*(contract_of(service) for service in services.values()), *found]
-
-
-def one_contract(target: str) -> Contract:
-    """The one contract that *target* names. Raises `ConfigurationError` for several."""
-    found = contracts([target])
-    if len(found) > 1:
-        names = ", ".join(contract.name for contract in found)
-        raise ConfigurationError(f"{target} holds several ({names}): name one as module:attribute")
-    return found[0]
 
 
 def _services(target: str) -> list[Service]:
@@ -71,8 +81,30 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return import_module(name)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(
-            f"cannot import {name!r}: {error} (a target is module:attribute, a module, or a "
-            "contract file that ends in .json)"
-        ) from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"cannot import {name!r}: {error}") from error
+    # The module is the user's: whatever it does when it is imported is what is wrong with it.
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(_why_not(name, error)) from error
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    from saga.contract import relative
+
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    if not frames:
+        return (
+            f"cannot import {name!r}: {said} (a target is module:attribute, a module, or a contract "
+            "file that ends in .json)"
+        )
+    return (
+        f"cannot import {name!r}: {said} at {relative(frames[-1].filename)}:{frames[-1].lineno}; "
+        "name the module that declares the participant, not the one that sets up its worker"
+    )
+
+
+def _is_users(file: str) -> bool:
+    """Whether someone who reads of an error in *file* can do something about it."""
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    return file != __file__ and not file.startswith(("<", *libraries))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from saga.choreography import EventRef, Place
 from saga.contract import Contract
 from saga.findings import Finding, error, listed, place_of, warning
-from saga.flow import Action, Flow
+from saga.flow import Flow
 from saga.schemas import unreadable
 
 _CONTROL: Final = "saga."
@@ -48,21 +49,28 @@ def unproduced_event(flow: Flow) -> Iterator[Finding]:
     for action in flow.actions:
         for ref in action.on:
             if ref.name not in flow.producers and ref.name not in rejections:
+                publishers = listed(one.name for one in flow.publishers.get(ref.name, ()))
+                remedy = (
+                    f"{publishers} publishes it outside of sagas: start one with it, or emit it"
+                    if publishers
+                    else "declare who does, or check its contract together with these"
+                )
                 yield error(
                     "unproduced-event",
-                    f"{action} takes {ref.name}, and nobody emits it: declare who does, or check "
-                    "its contract together with these",
+                    f"{action} takes {ref.name}, and nobody emits it: {remedy}",
                     action.place,
                 )
-    for name, subscribers in flow.subscribers.items():
-        known = name in flow.producers or name in rejections or name.startswith(_CONTROL)
-        for contract in () if known else subscribers:
-            yield warning(
-                "unproduced-event",
-                f"{contract.name} subscribes to {name}, and no declaration says who emits it; "
-                "plain code may publish it",
-                None,
-            )
+    said = {*flow.producers, *rejections, *flow.publishers}
+    for contract in flow.contracts:
+        for one in contract.subscriptions:
+            name = one.event.name
+            if name not in said and not name.startswith(_CONTROL):
+                yield warning(
+                    "unproduced-event",
+                    f"{contract.name} subscribes to {name}, and no declaration says who emits it: "
+                    "the service that publishes it can say so with service.publishes(...)",
+                    one.place,
+                )
 
 
 def rejection_leads_on(flow: Flow) -> Iterator[Finding]:
@@ -82,8 +90,8 @@ def rejection_leads_on(flow: Flow) -> Iterator[Finding]:
 
 def version_not_read(flow: Flow) -> Iterator[Finding]:
     """A producer's version is one that each of its consumers is given."""
-    for producer, ref, consumer in _meetings(flow):
-        read = consumer.read_as(ref)
+    for said, consumer in _meetings(flow):
+        ref, read = said.event, consumer.read_as(said.event)
         if read is None:
             problem = f"{consumer.name} can read no such version"
         elif not _is_given(consumer, read.event):
@@ -92,8 +100,8 @@ def version_not_read(flow: Flow) -> Iterator[Finding]:
             continue
         yield error(
             "version",
-            f"{producer} says {ref}, and {problem}: deploy the reader (or an upcaster) first",
-            _place_of_taker(consumer, ref) or producer.place,
+            f"{said.by} says {ref}, and {problem}: deploy the reader (or an upcaster) first",
+            _place_of_taker(consumer, ref) or said.place,
         )
 
 
@@ -110,9 +118,9 @@ def _is_given(consumer: Contract, read: EventRef) -> bool:
 def schemas_disagree(flow: Flow) -> Iterator[Finding]:
     """What is written under a name and version can be read by everyone who takes it."""
     by_name = {contract.name: contract for contract in flow.contracts}
-    for producer, ref, consumer in _meetings(flow):
-        written = by_name[producer.participant].event(ref)
-        read = consumer.event(ref)
+    for said, consumer in _meetings(flow):
+        ref = said.event
+        written, read = by_name[said.service].event(ref), consumer.event(ref)
         if written is None or read is None or ref not in consumer.takes:
             continue
         problems = unreadable(written.written, read.accepted)
@@ -121,8 +129,8 @@ def schemas_disagree(flow: Flow) -> Iterator[Finding]:
         if problems:
             yield error(
                 "schema",
-                f"{producer} and {consumer.name} disagree on {ref}: {'; '.join(problems)}",
-                _place_of_taker(consumer, ref) or producer.place,
+                f"{said.by} and {consumer.name} disagree on {ref}: {'; '.join(problems)}",
+                _place_of_taker(consumer, ref) or said.place,
             )
 
 
@@ -141,23 +149,43 @@ def two_producers(flow: Flow) -> Iterator[Finding]:
                 )
 
 
-def _meetings(flow: Flow) -> Iterator[tuple[Action, EventRef, Contract]]:
-    """Who says what, and who takes it, each pair of services once."""
-    seen: set[tuple[str, EventRef, str]] = set()
+@dataclass(frozen=True)
+class _Said:
+    """An event and who says it: an action of a service, or the service by plain publishing."""
+
+    by: str
+    service: str
+    event: EventRef
+    place: Place | None
+
+
+def _said(flow: Flow) -> Iterator[_Said]:
     for action in flow.actions:
         for ref in (*action.emits, *action.rejects):
-            for consumer in flow.contracts:
-                taken = any(one.name == ref.name for one in consumer.takes)
-                pair = (action.participant, ref, consumer.name)
-                if taken and pair not in seen:
-                    seen.add(pair)
-                    yield action, ref, consumer
+            yield _Said(str(action), action.participant, ref, action.place)
+    for contract in flow.contracts:
+        for one in contract.publications:
+            yield _Said(contract.name, contract.name, one.event, one.place)
+
+
+def _meetings(flow: Flow) -> Iterator[tuple[_Said, Contract]]:
+    """Who says what, and who takes it, each pair of services once."""
+    seen: set[tuple[str, EventRef, str]] = set()
+    for said in _said(flow):
+        for consumer in flow.contracts:
+            taken = any(one.name == said.event.name for one in consumer.takes)
+            pair = (said.service, said.event, consumer.name)
+            if taken and pair not in seen:
+                seen.add(pair)
+                yield said, consumer
 
 
 def _place_of_taker(consumer: Contract, ref: EventRef) -> Place | None:
     spec = consumer.participant
     takers = [step.place for step in spec.steps if step.on.name == ref.name]
     takers += [join.place for join in spec.joins if ref.name in {one.name for one in join.on}]
+    plain = [one.place for one in consumer.subscriptions if one.event.name == ref.name]
+    takers += [place for place in plain if place is not None]
     return min(takers, default=None)
 
 

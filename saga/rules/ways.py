@@ -62,7 +62,8 @@ def _choices(join: Action, saga: Saga) -> str:
 
 def circle(flow: Flow) -> Iterator[Finding]:
     """A circle of events ends somewhere."""
-    for group in flow.cycles():
+    for unsorted in flow.cycles():
+        group = sorted(unsorted, key=lambda action: action.place)
         if any(action.can_abort or _answer_that_leaves(flow, action, group) for action in group):
             yield warning(
                 "cycle",

@@ -27,6 +27,7 @@ from examples.order_saga.order.models import CANCELLED, CONFIRMED, Order, OrderI
 from saga import Participant
 
 order = Participant("order")
+order.publishes(OrderCancelled)
 
 
 class UnknownProducts(Exception):
