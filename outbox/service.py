@@ -31,6 +31,7 @@ from outbox.events import registry as default_registry
 from outbox.sql import DEFAULT_SCHEMA, checked_identifier
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
     from sqlalchemy.orm import Session
 
 _SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -222,6 +223,12 @@ class Service:
     def bindings(self) -> list[str]:
         """The event types that the service's queue is bound to, sorted."""
         return sorted({t for h in self._handlers.values() if h.subscribes for t in h.event_types})
+
+    def keep_up(self, engine: Engine, window: timedelta) -> None:
+        """Maintain tables of its own: called now and then, in a worker's main process.
+
+        *window* is the dedupe window: an event that is older is not run any more.
+        """
 
     def publish(self, session: Any, event: object) -> UUID:
         """Publish *event* in the transaction of *session*, this service being its source."""

@@ -15,6 +15,7 @@ wrongly is refused at import, with the file and the line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
@@ -25,7 +26,7 @@ from outbox.events import EventType, Registry
 from outbox.events import registry as default_registry
 from outbox.service import Handler, RetryPolicy, Service
 from outbox.sql import DEFAULT_SCHEMA
-from saga import control, decisions
+from saga import control, decisions, retention
 from saga.choreography import (
     EventRef,
     Exhausted,
@@ -58,6 +59,7 @@ from saga.store import SqlJournal
 from saga.unwinding import compensate, park_compensation
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
     from saga.journal import Journal
@@ -81,13 +83,16 @@ class Participant(Service):
         queue: str | None = None,
         retry: RetryPolicy | None = None,
         compensation_retry: RetryPolicy = PATIENT,
+        retention: timedelta = retention.DEFAULT,
     ) -> None:
         """*retry* is for steps and joins, *compensation_retry* for compensations, where they have
-        none of their own. Raises `ConfigurationError`."""
+        none of their own; *retention* is how long a saga is remembered after its end (at least the
+        dedupe window). Raises `ConfigurationError`."""
         super().__init__(
             name, schema=schema, registry=registry, exchange=exchange, queue=queue, retry=retry
         )
         self.compensation_retry = compensation_retry
+        self.retention = retention
         control.register_control_events(registry)
         self._reactions: dict[str, Reaction[..., Any]] = {}
         self._own_handlers: set[str] = set()
@@ -256,6 +261,11 @@ class Participant(Service):
             correlation_id=str(saga.saga_id) if saga and belongs else None,
             extensions={SAGA_ID: str(saga.saga_id)} if saga and belongs else None,
         )  # fmt: skip
+
+    def keep_up(self, engine: Engine, window: timedelta) -> None:
+        """Forget sagas that ended long ago (see `saga.retention`)."""
+        after = retention.no_shorter_than(window, self.retention)
+        retention.forget_ended(engine, self.name, after, schema=self.schema)
 
     # ---- looking ----
 

@@ -50,6 +50,12 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
             "state",
             postgresql_where=text("state IN ('running', 'compensating')"),
         ),
+        Index(
+            "saga_ended",
+            "participant",
+            "changed_at",
+            postgresql_where=text("state IN ('completed', 'compensated')"),
+        ),
         Index("saga_stuck", "changed_at", postgresql_where=text("stuck")),
         schema=schema,
     )

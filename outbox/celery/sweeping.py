@@ -17,6 +17,7 @@ from outbox.buses.message import celery_message
 from outbox.celery.engines import ForkSafeEngine
 from outbox.celery.installation import installed
 from outbox.pending import PendingDelivery
+from outbox.service import Service
 from outbox.sweeper import Sweeper
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class SweeperStep(bootsteps.StartStopStep):
             self._queue,
             schema=service.schema,
             settings=installation.sweep,
-            chores=partial(_keep_up, engine, service.schema, window),
+            chores=partial(_keep_up, engine, service, window),
             bell=installation.bell,
         )
         self._sweeper.start()
@@ -136,5 +137,6 @@ def check_schema(engine: ForkSafeEngine, name: str) -> None:
         log.warning("could not check the tables in schema %s yet: %s", name, error)
 
 
-def _keep_up(engine: ForkSafeEngine, schema_name: str, window: timedelta) -> None:
-    inbox_partitions.maintain(engine(), window=window, schema=schema_name)
+def _keep_up(engine: ForkSafeEngine, service: Service, window: timedelta) -> None:
+    inbox_partitions.maintain(engine(), window=window, schema=service.schema)
+    service.keep_up(engine(), window)

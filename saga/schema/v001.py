@@ -24,6 +24,10 @@ UP: Final = (
     )
     """,
     "CREATE INDEX saga_open ON {schema}.saga (state) WHERE state IN ('running', 'compensating')",
+    """
+    CREATE INDEX saga_ended ON {schema}.saga (participant, changed_at)
+        WHERE state IN ('completed', 'compensated')
+    """,
     "CREATE INDEX saga_stuck ON {schema}.saga (changed_at) WHERE stuck",
     # One row per run of a step. The primary key lets a step run once per triggering event, also
     # after the inbox has forgotten it; a start's trigger is its own event, a join's is the saga.
