@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 from uuid import UUID
 
 SAGA_ID = "sagaid"
 """The CloudEvents attribute that carries a saga's id on each of its events."""
+
+
+class Emission(NamedTuple):
+    """An event that a run of a step has published as part of its saga."""
+
+    event_id: UUID
+    type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,8 @@ class CurrentSaga:
     step: str
     trigger_id: UUID
     compensating: bool = False
+    published: list[Emission] = field(default_factory=list, compare=False)
+    """What the user's function has published so far, beside the event that it returns."""
 
     @property
     def idempotency_key(self) -> str:

@@ -40,6 +40,8 @@ class OwedCompensation:
 
     step: str
     trigger_id: UUID
+    causes: tuple[UUID, ...] = ()
+    """Ids of the events that the run answered."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class SagaUndone:
     saga_id: UUID
     participant: str
     pending: tuple[OwedCompensation, ...] = ()
+    reason: str = ""
+    """Why the saga was aborted."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,38 @@ class CompensationDue:
     trigger_id: UUID
 
 
+@dataclass(frozen=True)
+class ParticipantIntroduced:
+    """Who takes part in sagas, and which event types its steps and joins answer."""
+
+    participant: str
+    takes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class IntroductionDue:
+    """Work that a participant owes itself: introduce itself. Never leaves its own queue."""
+
+    participant: str
+
+
 ABORTED: Final = EventType("saga.aborted", 1, SagaAborted, key="saga_id")
 COMPLETED: Final = EventType("saga.completed", 1, SagaCompleted, key="saga_id")
 UNDONE: Final = EventType("saga.undone", 1, SagaUndone, key="saga_id")
 STUCK: Final = EventType("saga.stuck", 1, SagaStuck, key="saga_id")
 COMPENSATION_DUE: Final = EventType("saga.compensation_due", 1, CompensationDue, key="saga_id")
+INTRODUCED: Final = EventType("saga.introduced", 1, ParticipantIntroduced, key="participant")
+INTRODUCTION_DUE: Final = EventType("saga.introduction_due", 1, IntroductionDue, key="participant")
 
-CONTROL_EVENTS: Final = (ABORTED, COMPLETED, UNDONE, STUCK, COMPENSATION_DUE)
+CONTROL_EVENTS: Final = (
+    ABORTED,
+    COMPLETED,
+    UNDONE,
+    STUCK,
+    COMPENSATION_DUE,
+    INTRODUCED,
+    INTRODUCTION_DUE,
+)
 
 
 def register_control_events(registry: Registry) -> None:

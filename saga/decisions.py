@@ -1,4 +1,4 @@
-"""`saga.aborted` and `saga.completed`: what one participant decided, as the others hear of it.
+"""What one participant decided or has undone, as the others hear of it.
 
 Whichever order these events, a step's trigger and each other's duplicates come in, the saga's row
 is locked first and what it says decides; so on one participant they happen one after the other.
@@ -14,10 +14,10 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from outbox.service import Delivery
-from saga.control import SagaAborted, SagaCompleted, SagaStuck
+from saga.control import SagaAborted, SagaCompleted, SagaStuck, SagaUndone
 from saga.journal import Journal, RunKey, SagaRow, SagaState, StepState
 from saga.runtime import Runtime, described, known_saga_id_of, log, reset_stuck
-from saga.unwinding import unwind
+from saga.unwinding import hear_undone, unwind
 
 
 def on_aborted(runtime: Runtime, delivery: Delivery, session: Session) -> None:
@@ -47,6 +47,16 @@ def on_completed(runtime: Runtime, delivery: Delivery, session: Session) -> None
     saga = _resumed(journal, saga, delivery)
     if saga.state is SagaState.RUNNING:
         journal.move(saga, SagaState.COMPLETED, stuck=saga.stuck, reason=saga.reason)
+
+
+def on_undone(runtime: Runtime, delivery: Delivery, session: Session) -> None:
+    """Note what another participant has undone: steps here may have waited for that."""
+    undone: SagaUndone = delivery.event
+    if undone.participant == runtime.participant:
+        return
+    journal = runtime.open_journal(session)
+    saga = _resumed(journal, journal.lock(undone.saga_id), delivery)
+    hear_undone(runtime, journal, saga, undone, delivery.envelope)
 
 
 def park_decision(

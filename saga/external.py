@@ -41,7 +41,7 @@ from sqlalchemy.orm import Session
 
 from outbox.crash_points import crash_point
 from outbox.service import Delivery
-from saga.context import CurrentSaga, working_for
+from saga.context import CurrentSaga, Emission, working_for
 from saga.control import SagaStuck
 from saga.declaration import ExternalStep, Reject
 from saga.errors import Unknown
@@ -56,7 +56,7 @@ from saga.runtime import (
     shortened,
 )
 from saga.step import Run, finish, park, reject, skip
-from saga.unwinding import close, owe_compensation
+from saga.unwinding import go_on, owe_compensation
 
 _CALLS_AGAIN = (None, StepState.STUCK, StepState.NOT_HAPPENED)
 
@@ -172,15 +172,14 @@ def finish_call(
         return
     if before is None or not (before.is_uncertain or before is StepState.NOT_HAPPENED):
         return
-    if answer.took_effect:
-        _record(step, delivery, key, answer, runtime, session)
+    published = _record(step, delivery, key, answer, runtime, session)
     run = Run(saga, key, before, trigger, (delivery.event,))
     if saga.state.aborted:
         _end_in_an_aborted_saga(runtime, journal, run, answer)
     elif answer.rejection is not None:
         reject(runtime, journal, step, run, answer.rejection)
     elif answer.took_effect:
-        finish(runtime, journal, step, run, answer.event)
+        finish(runtime, journal, step, run, answer.event, published)
     elif before.is_uncertain:
         raise Unknown(f"{key} did not happen, and its saga runs: it is called again")
 
@@ -192,14 +191,15 @@ def _record(
     answer: Answer,
     runtime: Runtime,
     session: Session,
-) -> None:
-    if step.recorder is None:
-        return
+) -> list[Emission]:
+    if step.recorder is None or not answer.took_effect:
+        return []
     working = CurrentSaga(key.saga_id, runtime.participant, key.step, key.trigger_id)
     emitted = [] if answer.event is None else [answer.event]
     with working_for(working):
         step.recorder(delivery.event, *emitted, session)
         session.flush()
+    return working.published
 
 
 def _end_in_an_aborted_saga(runtime: Runtime, journal: Journal, run: Run, answer: Answer) -> None:
@@ -223,7 +223,7 @@ def _end_in_an_aborted_saga(runtime: Runtime, journal: Journal, run: Run, answer
         if rejection is not None:
             reason = shortened(rejection.reason or type(rejection.event).__name__)
         journal.record(key, run.before, after, trigger=body, reason=reason)
-        close(runtime, journal, run.saga, run.trigger)
+        go_on(runtime, journal, run.saga, run.trigger)
 
 
 def park_call(

@@ -6,7 +6,7 @@ and ends. `saga.store` answers from PostgreSQL; a simulation answers from a mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +16,7 @@ from uuid import UUID
 
 from outbox.envelope import Envelope
 from outbox.events import EventType
+from saga.context import Emission
 from saga.errors import IllegalTransition
 
 
@@ -68,6 +69,11 @@ class StepState(StrEnum):
     @property
     def owes_compensation(self) -> bool:
         return self in (StepState.COMPENSATING, StepState.COMPENSATION_STUCK)
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether there is, or may be, something of it that an abort would have undone."""
+        return self is StepState.DONE or self.owes_compensation or self.is_uncertain
 
     @property
     def waits_for_a_person(self) -> bool:
@@ -167,6 +173,9 @@ class StepRow:
     key: RunKey
     state: StepState
     reason: str | None = None
+    published: tuple[Emission, ...] = ()
+    causes: frozenset[UUID] = frozenset()
+    """Ids of the events that it answers; empty for a start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +220,7 @@ class Journal(Protocol):
         *,
         trigger: bytes,
         emitted: bytes | None = None,
+        published: Sequence[Emission] = (),
         reason: str | None = None,
     ) -> None:
         """Write the outcome of a run that did not stand in the journal, or stood there as stuck."""
@@ -234,6 +244,24 @@ class Journal(Protocol):
 
     def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
         """The events that have come for a join: their exact envelopes by event type."""
+
+    def know(self, peer: str, takes: Collection[str], since: UUID) -> bool:
+        """Note the event types that a peer's steps and joins answer; whether it was unknown.
+
+        *since* is the UUIDv7 of the event that says so: an older one changes nothing.
+        """
+
+    def forget(self, peer: str) -> bool:
+        """Wait for a peer no longer, in no saga; whether it was known."""
+
+    def peers(self) -> Mapping[str, frozenset[str]]:
+        """The participants known, this one among them, and the event types that they answer."""
+
+    def hear(self, saga_id: UUID, peer: str, pending: Collection[UUID]) -> None:
+        """Note what a peer has said of a locked saga: what it answered and has not undone yet."""
+
+    def heard(self, saga_id: UUID) -> Mapping[str, frozenset[UUID]]:
+        """What each peer that has sealed the saga may not have undone yet."""
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         """Publish an event with this transaction."""

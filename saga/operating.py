@@ -39,7 +39,7 @@ from saga.journal import RunKey, SagaRow, SagaState, StepState
 from saga.runtime import Runtime, reset_stuck, shortened
 from saga.step import decide_to_abort
 from saga.store import SqlJournal
-from saga.unwinding import close, count_as_undone
+from saga.unwinding import count_as_undone, go_on
 
 _LOCK: Final = """
 SELECT participant, definition, decides, state, stuck, reason FROM {schema}.saga
@@ -213,7 +213,7 @@ def resolve(
         run.participant, "resolve", operator, step=key.step, trigger_id=key.trigger_id, event=event
     )
     if saga.state.aborted and not happened:
-        close(runtime, journal, saga, None)
+        go_on(runtime, journal, saga, None)
         here.withdraw(run, reason)
     else:
         reset_stuck(journal, saga)

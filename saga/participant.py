@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 from uuid import UUID
 
 from outbox import publishing
@@ -26,7 +26,7 @@ from outbox.events import EventType, Registry
 from outbox.events import registry as default_registry
 from outbox.service import Handler, RetryPolicy, Service
 from outbox.sql import DEFAULT_SCHEMA
-from saga import control, decisions, retention
+from saga import control, decisions, peers, retention
 from saga.choreography import (
     EventRef,
     Exhausted,
@@ -36,7 +36,7 @@ from saga.choreography import (
     StartSpec,
     StepSpec,
 )
-from saga.context import SAGA_ID, current
+from saga.context import SAGA_ID, Emission, current
 from saga.declaration import (
     EventClasses,
     ExternalStep,
@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 PATIENT: Final = RetryPolicy(attempts=20)
 """For compensations: they have to succeed some time, so they are given more than a step is."""
 
+Unwinding = Literal["reverse", "eager"]
+
 R_ = TypeVar("R_", bound=Reaction[..., Any])
 
 
@@ -84,10 +86,17 @@ class Participant(Service):
         retry: RetryPolicy | None = None,
         compensation_retry: RetryPolicy = PATIENT,
         retention: timedelta = retention.DEFAULT,
+        unwind: Unwinding = "reverse",
     ) -> None:
         """*retry* is for steps and joins, *compensation_retry* for compensations, where they have
         none of their own; *retention* is how long a saga is remembered after its end (at least the
-        dedupe window). Raises `ConfigurationError`."""
+        dedupe window). *unwind* says when its steps are undone after an abort: "reverse", once the
+        steps that answered their events are, wherever those ran; "eager", all at once.
+        Raises `ConfigurationError`."""
+        if unwind not in get_args(Unwinding):
+            raise ConfigurationError(
+                f"participant {name}: unwind={unwind!r}; it can be {' or '.join(get_args(Unwinding))}"
+            )
         super().__init__(
             name, schema=schema, registry=registry, exchange=exchange, queue=queue, retry=retry
         )
@@ -96,9 +105,14 @@ class Participant(Service):
         control.register_control_events(registry)
         self._reactions: dict[str, Reaction[..., Any]] = {}
         self._own_handlers: set[str] = set()
-        self._runtime = Runtime(name, registry, self._reactions, self.journal)
+        self._runtime = Runtime(
+            name, registry, self._reactions, self.journal, unwinds_eagerly=unwind == "eager"
+        )
         self._add_decision(control.ABORTED, decisions.on_aborted)
         self._add_decision(control.COMPLETED, decisions.on_completed)
+        # Also where it unwinds eagerly: an abort by hand does not know that, and leaves runs waiting.
+        self._add_decision(control.UNDONE, decisions.on_undone)
+        self._add_introductions()
 
     def journal(self, session: Any) -> Journal:
         """This participant's journal in the transaction of *session*."""
@@ -256,14 +270,20 @@ class Participant(Service):
         """Publish *events* in one statement; from inside a step, as part of its saga."""
         saga = current()
         belongs = saga is not None and saga.participant == self.name
-        return publishing.publish_all(
+        events = list(events)
+        ids = publishing.publish_all(
             session, events, source=self.name, registry=self.registry, schema=self.schema,
             correlation_id=str(saga.saga_id) if saga and belongs else None,
             extensions={SAGA_ID: str(saga.saga_id)} if saga and belongs else None,
         )  # fmt: skip
+        if saga and belongs:
+            types = [self.registry.of(event).name for event in events]
+            saga.published.extend(map(Emission, ids, types))
+        return ids
 
     def keep_up(self, engine: Engine, window: timedelta) -> None:
-        """Forget sagas that ended long ago (see `saga.retention`)."""
+        """Introduce it where that is due, and forget sagas that ended long ago."""
+        peers.see_to_introduction(self._runtime, engine)
         after = retention.no_shorter_than(window, self.retention)
         retention.forget_ended(engine, self.name, after, schema=self.schema)
 
@@ -279,6 +299,11 @@ class Participant(Service):
             steps=tuple(_step_spec(one) for one in declared if isinstance(one, Step)),
             joins=tuple(_join_spec(one) for one in declared if isinstance(one, Join)),
         )
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Event types that its steps and joins answer."""
+        return self._runtime.answers
 
     @property
     def subscriptions(self) -> list[str]:
@@ -348,6 +373,21 @@ class Participant(Service):
                 exhausted=partial(decisions.park_decision, self._runtime),
             )
         )
+
+    def _add_introductions(self) -> None:
+        for event_type, run in (
+            (control.INTRODUCED, peers.on_introduced),
+            (control.INTRODUCTION_DUE, peers.introduce),
+        ):
+            self._add(
+                Handler(
+                    name=f"{self.name}.{event_type.name}",
+                    event_types=frozenset({event_type.name}),
+                    run=partial(run, self._runtime),
+                    retry=PATIENT,
+                    subscribes=event_type is control.INTRODUCED,
+                )
+            )
 
     def _add(self, handler: Handler) -> None:
         self.add(handler)

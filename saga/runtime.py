@@ -17,7 +17,7 @@ from outbox.events import Registry
 from outbox.service import Delivery
 from outbox.statements import storable
 from saga.context import SAGA_ID
-from saga.declaration import Reaction
+from saga.declaration import Reaction, Start
 from saga.errors import OutsideSaga
 from saga.journal import Journal, SagaRow, StepRow
 
@@ -36,6 +36,14 @@ class Runtime:
     """Its declarations by name, also those made after this object."""
     open_journal: Callable[[Any], Journal]
     """Its journal in the transaction of the session given."""
+    unwinds_eagerly: bool = False
+    """Whether it undoes its steps at once, and not in reverse causal order."""
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """The event types that its steps and joins answer."""
+        reactions = [one for one in self.reactions.values() if not isinstance(one, Start)]
+        return frozenset(event_type.name for one in reactions for event_type in one.on)
 
     def compensation_handler(self, step: str) -> str:
         """Name of the handler that takes the compensations of a step."""
@@ -51,6 +59,11 @@ class Runtime:
             correlation_id=str(saga_id),
             extensions={SAGA_ID: str(saga_id)},
         )
+
+    def free_envelope(self, event: object, caused_by: Envelope | None) -> Envelope:
+        """Make the envelope of an event that belongs to no saga."""
+        event_type = self.registry.of(event)
+        return encode(event_type, event, source=self.participant, caused_by=caused_by)
 
     def publish(
         self, journal: Journal, event: object, saga_id: UUID, caused_by: Envelope | None

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from outbox.envelope import Envelope
 from outbox.service import Delivery
-from saga.context import CurrentSaga, working_for
+from saga.context import CurrentSaga, Emission, working_for
 from saga.control import SagaAborted, SagaCompleted, SagaStuck
 from saga.declaration import Reaction, Reject, Step
 from saga.errors import SagaDecided
@@ -86,22 +86,29 @@ def perform(runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], ru
     except Reject as rejection:
         reject(runtime, journal, reaction, run, rejection)
     else:
-        finish(runtime, journal, reaction, run, answer)
+        finish(runtime, journal, reaction, run, answer, working.published)
 
 
 def finish(
-    runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: Run, answer: object
+    runtime: Runtime,
+    journal: Journal,
+    reaction: Reaction[..., Any],
+    run: Run,
+    answer: object,
+    published: list[Emission],
 ) -> None:
     reaction.check_answer(answer)
-    emitted = (
-        None if answer is None else runtime.publish(journal, answer, run.key.saga_id, run.trigger)
-    )
+    emitted = None
+    if answer is not None:
+        emitted = runtime.publish(journal, answer, run.key.saga_id, run.trigger)
+        published.append(Emission(emitted.id, emitted.type))
     journal.record(
         run.key,
         run.before,
         StepState.DONE,
         trigger=run.trigger.body,
         emitted=None if emitted is None else emitted.body,
+        published=published,
     )
     saga = run.saga
     if saga.stuck and run.before is not None:

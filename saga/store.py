@@ -18,7 +18,8 @@ again later, and waiting for a slow step of the same saga uses up no attempt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -34,6 +35,7 @@ from outbox.publishing import append
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.statements import statement
 from outbox.transient import is_lock_timeout
+from saga.context import Emission
 from saga.errors import IllegalTransition
 from saga.journal import (
     ClaimedRun,
@@ -54,8 +56,8 @@ INSERT INTO {schema}.saga (saga_id, participant, definition, decides, state)
 VALUES (%s, %s, %s, %s, 'running') ON CONFLICT DO NOTHING RETURNING true
 """
 _RECORD_START: Final = """
-INSERT INTO {schema}.saga_step (saga_id, participant, step, trigger_id, state, trigger)
-VALUES (%s, %s, %s, %s, 'done', %s)
+INSERT INTO {schema}.saga_step (saga_id, participant, step, trigger_id, state, trigger, published)
+VALUES (%s, %s, %s, %s, 'done', %s, %s)
 """
 _INSERT_SAGA: Final = """
 INSERT INTO {schema}.saga (saga_id, participant, decides, state)
@@ -80,12 +82,13 @@ SELECT state, trigger, emitted FROM {schema}.saga_step WHERE saga_id = :saga_id
 """
 _INSERT_RUN: Final = """
 INSERT INTO {schema}.saga_step
-    (saga_id, participant, step, trigger_id, state, trigger, emitted, reason)
-VALUES (:saga_id, :participant, :step, :trigger_id, :after, :trigger, :emitted, :reason)
+    (saga_id, participant, step, trigger_id, state, trigger, emitted, published, reason)
+VALUES (:saga_id, :participant, :step, :trigger_id, :after, :trigger, :emitted, :published, :reason)
 """
 _RESUME_RUN: Final = """
 UPDATE {schema}.saga_step
-SET state = :after, emitted = :emitted, reason = :reason, changed_at = clock_timestamp()
+SET state = :after, emitted = :emitted, published = :published, reason = :reason,
+    changed_at = clock_timestamp()
 WHERE saga_id = :saga_id AND participant = :participant AND step = :step
     AND trigger_id = :trigger_id AND state = :before
 """
@@ -100,7 +103,7 @@ SELECT event FROM {schema}.saga_intervention WHERE saga_id = :saga_id
     AND verb = 'resolve' ORDER BY id DESC LIMIT 1
 """
 _RUNS: Final = """
-SELECT step, trigger_id, state, reason FROM {schema}.saga_step
+SELECT step, trigger_id, state, reason, published FROM {schema}.saga_step
 WHERE saga_id = :saga_id AND participant = :participant ORDER BY ordinal
 """
 _ARRIVE: Final = """
@@ -110,6 +113,34 @@ VALUES (:saga_id, :participant, :join_name, :type, :event_id, :body) ON CONFLICT
 _ARRIVALS: Final = """
 SELECT type, body FROM {schema}.saga_join_arrival
 WHERE saga_id = :saga_id AND participant = :participant AND "join" = :join_name
+"""
+_ARRIVED: Final = """
+SELECT "join", event_id FROM {schema}.saga_join_arrival
+WHERE saga_id = :saga_id AND participant = :participant
+"""
+_KNOW_PEER: Final = """
+INSERT INTO {schema}.saga_peer (participant, peer, takes, since)
+VALUES (:participant, :peer, :takes, :since) ON CONFLICT DO NOTHING RETURNING true
+"""
+_CORRECT_PEER: Final = """
+UPDATE {schema}.saga_peer SET takes = :takes, since = :since
+WHERE participant = :participant AND peer = :peer AND since < :since
+"""
+_FORGET_PEER: Final = """
+DELETE FROM {schema}.saga_peer WHERE participant = :participant AND peer = :peer
+"""
+_PEERS: Final = "SELECT peer, takes FROM {schema}.saga_peer WHERE participant = :participant"
+_HEAR: Final = """
+INSERT INTO {schema}.saga_peer_undone (saga_id, participant, peer, pending)
+VALUES (:saga_id, :participant, :peer, :pending) ON CONFLICT DO NOTHING RETURNING true
+"""
+_HEAR_AGAIN: Final = """
+UPDATE {schema}.saga_peer_undone SET pending = :pending
+WHERE saga_id = :saga_id AND participant = :participant AND peer = :peer
+"""
+_HEARD: Final = """
+SELECT peer, pending FROM {schema}.saga_peer_undone
+WHERE saga_id = :saga_id AND participant = :participant
 """
 
 
@@ -140,7 +171,8 @@ class SqlJournal:
             in_schema(_OPEN_SAGA, self._schema), (*saga, definition, self._decides), True
         ):
             return False
-        run = (*saga, start.step, start.trigger_id, trigger)
+        published = _written([Emission(start.trigger_id, definition)])
+        run = (*saga, start.step, start.trigger_id, trigger, published)
         execute(in_schema(_RECORD_START, self._schema), run, False)
         return True
 
@@ -180,10 +212,17 @@ class SqlJournal:
         *,
         trigger: bytes,
         emitted: bytes | None = None,
+        published: Sequence[Emission] = (),
         reason: str | None = None,
     ) -> None:
         check_step_move(key, before, after)
-        values = {**_columns(key), "after": after, "emitted": emitted, "reason": reason}
+        values = {
+            **_columns(key),
+            "after": after,
+            "emitted": emitted,
+            "published": _written(published),
+            "reason": reason,
+        }
         if before is None:
             self._execute(_INSERT_RUN, trigger=trigger, **values)
             return
@@ -204,10 +243,20 @@ class SqlJournal:
         return event
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
-        return [
-            StepRow(RunKey(saga_id, row.step, row.trigger_id), StepState(row.state), row.reason)
-            for row in self._execute(_RUNS, saga_id=saga_id)
-        ]
+        rows = self._execute(_RUNS, saga_id=saga_id).all()
+        arrived: dict[str, set[UUID]] = {}
+        if any(row.trigger_id == saga_id for row in rows):
+            for row in self._execute(_ARRIVED, saga_id=saga_id):
+                arrived.setdefault(row.join, set()).add(row.event_id)
+        runs = []
+        for row in rows:
+            published = _read(row.published)
+            is_start = any(one.event_id == row.trigger_id for one in published)
+            causes = frozenset() if is_start else arrived.get(row.step, {row.trigger_id})
+            key = RunKey(saga_id, row.step, row.trigger_id)
+            state = StepState(row.state)
+            runs.append(StepRow(key, state, row.reason, published, frozenset(causes)))
+        return runs
 
     def claim(self, key: RunKey) -> ClaimedRun | None:
         with _busy_while_locked(str(key)):
@@ -229,6 +278,31 @@ class SqlJournal:
     def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
         rows = self._execute(_ARRIVALS, saga_id=saga_id, join_name=join)
         return {row.type: row.body for row in rows}
+
+    def know(self, peer: str, takes: Collection[str], since: UUID) -> bool:
+        values = {"peer": peer, "takes": sorted(takes), "since": since}
+        if self._execute(_KNOW_PEER, **values).scalar():
+            return True
+        self._execute(_CORRECT_PEER, **values)
+        return False
+
+    def forget(self, peer: str) -> bool:
+        return bool(self._execute(_FORGET_PEER, peer=peer).rowcount)
+
+    def peers(self) -> Mapping[str, frozenset[str]]:
+        return {row.peer: frozenset(row.takes) for row in self._execute(_PEERS)}
+
+    def hear(self, saga_id: UUID, peer: str, pending: Collection[UUID]) -> None:
+        values = {"saga_id": saga_id, "peer": peer}
+        if self._execute(_HEAR, **values, pending=sorted(pending)).scalar():
+            return
+        # What a peer owes only ever shrinks, so whatever order its words come in, all of them hold.
+        both = self.heard(saga_id)[peer].intersection(pending)
+        self._execute(_HEAR_AGAIN, **values, pending=sorted(both))
+
+    def heard(self, saga_id: UUID) -> Mapping[str, frozenset[UUID]]:
+        rows = self._execute(_HEARD, saga_id=saga_id)
+        return {row.peer: frozenset(row.pending) for row in rows}
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         append(self.session, envelope, event_type, schema=self._schema)
@@ -256,6 +330,18 @@ class SqlJournal:
 
 def _columns(key: RunKey) -> dict[str, object]:
     return {"saga_id": key.saga_id, "step": key.step, "trigger_id": key.trigger_id}
+
+
+def _written(published: Sequence[Emission]) -> str | None:
+    if not published:
+        return None
+    return json.dumps([(str(one.event_id), one.type) for one in published])
+
+
+def _read(published: str | None) -> tuple[Emission, ...]:
+    if published is None:
+        return ()
+    return tuple(Emission(UUID(event_id), type) for event_id, type in json.loads(published))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -68,6 +69,7 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("state", Text, nullable=False),
         Column("trigger", LargeBinary, nullable=False),
         Column("emitted", LargeBinary),
+        Column("published", Text),
         Column("reason", Text),
         Column("ordinal", BigInteger, Identity(always=True)),
         moment("ran_at"),
@@ -106,6 +108,26 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         Column("event", Text),
         moment("at"),
         Index("saga_intervention_of_saga", "saga_id", "participant"),
+        schema=schema,
+    )
+    own_table(
+        "saga_peer",
+        metadata,
+        Column("participant", Text, nullable=False),
+        Column("peer", Text, nullable=False),
+        Column("takes", ARRAY(Text), nullable=False),
+        Column("since", Uuid, nullable=False),
+        moment("known_at"),
+        PrimaryKeyConstraint("participant", "peer"),
+        schema=schema,
+    )
+    own_table(
+        "saga_peer_undone",
+        metadata,
+        *_of_a_saga(schema),
+        Column("peer", Text, nullable=False),
+        Column("pending", ARRAY(Uuid), nullable=False),
+        PrimaryKeyConstraint("saga_id", "participant", "peer"),
         schema=schema,
     )
     return metadata

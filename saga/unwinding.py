@@ -1,21 +1,38 @@
 """Unwinding: what an abort makes of one participant's part in a saga, until nothing of it is left.
 
-An abort turns every step that was done here into durable work: a delivery of its own to the step's
-compensation (Garcia-Molina & Salem 1987), with its own transaction, attempts and dead letter. So
-one compensation that fails or hangs stops no other. All of them are due at once (eager unwinding);
-an order between them needs only a later due time, as nothing else depends on when they run.
+An abort seals the saga here: no step of it will run any more. Every step that was done becomes
+durable work: a delivery of its own to the step's compensation (Garcia-Molina & Salem 1987), with
+its own transaction, attempts and dead letter, so one that fails or hangs stops no other branch.
+
+*When a run is undone.* In reverse causal order, without a coordinator: once every step that answers
+one of its events is undone or never ran. Each participant says with `saga.undone` what it still has
+to undo and which events that had answered: when it seals the saga, and whenever something more is
+undone. So a run is free when no run here and no word from elsewhere names one of its events, and
+all who are known to answer them (see `saga.peers`) have sealed the saga. A participant that is down
+is waited for; one that nobody has ever heard of is not. With ``unwind="eager"`` every run is free
+at once. Waits cannot go round in a circle: an event is caused only by earlier ones.
+
+Why a word can be trusted, whenever it comes: only who has sealed the saga speaks, and from then on
+what it owes only shrinks. An event that is missing from any one of its words is never answered
+there again. So words are intersected, and duplicates and disorder change nothing.
 
 Why nothing is left, and nothing is undone twice: the abort holds the saga's lock, sees every step
-that was ever done here (see `saga.step`), and no further one will run. Each run it finds moves from
-*done* to *compensating* in the commit that also owes the delivery. The compensation locks the run's
-row, so a second delivery waits, then finds it *compensated*. Only at its end does it lock the saga,
-to see whether it was the last: the one that comes second sees the first one's commit, hence exactly
-one finds nothing left. Locks are always taken run first, saga second here, and an abort never
-touches a run that is compensating, so the two cannot deadlock.
+that was ever done here (see `saga.step`), and no further one will run. A run moves from *done* to
+*compensating* under that lock, in the commit that also owes the delivery. The compensation locks
+the run's row, so a second delivery waits, then finds it *compensated*. Only at its end does it lock
+the saga, to free what has waited for it and to see whether it was the last: the one that comes
+second sees the first one's commit, hence exactly one finds nothing left. Who holds the saga's lock
+without a run's touches only runs that are *done* or *stuck*, and no compensation holds those, so
+the two kinds of lock cannot deadlock.
+
+Why none waits for ever: the last of three events frees a run: its own participant sealed the saga,
+a run here that answers it was undone, or a word came. Each of them looks at all runs anew, under
+the saga's lock.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -33,34 +50,116 @@ from saga.runtime import Runtime, described
 def unwind(
     runtime: Runtime, journal: Journal, saga: SagaRow, *, reason: str, cause: Envelope
 ) -> None:
-    """Seal a running saga here: call off what is stuck, and owe the compensation of what was done."""
-    owes = stuck = False
-    for run in [] if saga.new else journal.runs(saga.saga_id):
-        if run.state is StepState.STUCK:
-            journal.advance(run.key, run.state, StepState.SKIPPED, reason="aborted while stuck")
-        elif run.state is StepState.DONE:
-            owes |= _owe_compensation(runtime, journal, run, cause)
-        elif run.state.is_uncertain:
-            # Its delivery is owed, and will say whether there is something to undo (`external`).
-            owes = True
-            stuck |= run.state.waits_for_a_person
-    state = SagaState.COMPENSATING if owes else SagaState.COMPENSATED
-    journal.move(saga, state, stuck=stuck, reason=reason)
-    if not owes:
-        runtime.publish(journal, SagaUndone(saga.saga_id, runtime.participant), saga.saga_id, cause)
+    """Seal a running saga here: call off what is stuck, and undo what was done once it is free."""
+    runs = [] if saga.new else journal.runs(saga.saga_id)
+    for run in [run for run in runs if run.state is StepState.STUCK]:
+        journal.advance(run.key, run.state, StepState.SKIPPED, reason="aborted while stuck")
+        runs.remove(run)
+    _undo(runtime, journal, replace(saga, reason=reason), runs, cause)
 
 
-def _owe_compensation(runtime: Runtime, journal: Journal, run: StepRow, cause: Envelope) -> bool:
-    reaction = runtime.reactions.get(run.key.step)
-    if reaction is not None and reaction.nothing_to_undo is not None:
-        journal.advance(run.key, run.state, StepState.COMPENSATED, reason=reaction.nothing_to_undo)
-        return False
-    journal.advance(run.key, run.state, StepState.COMPENSATING)
-    owe_compensation(runtime, journal, run.key, cause)
-    return True
+def hear_undone(
+    runtime: Runtime, journal: Journal, saga: SagaRow, undone: SagaUndone, cause: Envelope
+) -> None:
+    """Take in what a peer still has to undo, and undo what was waiting for that."""
+    if saga.state is SagaState.COMPLETED or saga.state is SagaState.COMPENSATED:
+        return
+    if not (saga.new or runtime.unwinds_eagerly):
+        pending = {event_id for one in undone.pending for event_id in one.causes}
+        journal.hear(saga.saga_id, undone.participant, pending)
+    if saga.state is SagaState.RUNNING:
+        # Who unwinds has heard of the abort: its word is as good as the abort itself.
+        unwind(runtime, journal, saga, reason=undone.reason, cause=cause)
+        return
+    _undo(runtime, journal, saga, journal.runs(saga.saga_id), cause, only_if_less=True)
 
 
-def owe_compensation(runtime: Runtime, journal: Journal, key: RunKey, cause: Envelope) -> None:
+def go_on(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
+    """One more run of a locked, aborted saga is undone: free what waited for it, and say so."""
+    _undo(runtime, journal, saga, journal.runs(saga.saga_id), cause)
+
+
+def _undo(
+    runtime: Runtime,
+    journal: Journal,
+    saga: SagaRow,
+    runs: list[StepRow],
+    cause: Envelope | None,
+    *,
+    only_if_less: bool = False,
+) -> None:
+    """Owe the compensation of each run that is free; write and publish how the unwinding stands."""
+    owed = [run for run in runs if run.state.has_effects]
+    left = _undo_what_is_free(runtime, journal, saga, owed, cause)
+    if only_if_less and len(left) == len(owed):
+        return
+    journal.move(
+        saga,
+        SagaState.COMPENSATING if left else SagaState.COMPENSATED,
+        stuck=any(run.state.waits_for_a_person for run in runs),
+        reason=saga.reason,
+    )
+    pending = tuple(
+        OwedCompensation(run.key.step, run.key.trigger_id, tuple(sorted(run.causes)))
+        for run in left
+    )
+    undone = SagaUndone(saga.saga_id, runtime.participant, pending, saga.reason or "")
+    runtime.publish(journal, undone, saga.saga_id, cause)
+
+
+def _undo_what_is_free(
+    runtime: Runtime,
+    journal: Journal,
+    saga: SagaRow,
+    owed: list[StepRow],
+    cause: Envelope | None,
+) -> list[StepRow]:
+    left = list(owed)
+    waiting = [run for run in owed if run.state is StepState.DONE]
+    answered = _Answered(runtime, journal, saga) if waiting else None
+    # Latest first: a run with nothing to undo frees what caused it, which was there before it.
+    for run in reversed(waiting):
+        assert answered is not None
+        if answered.by_any(run, left):
+            continue
+        reaction = runtime.reactions.get(run.key.step)
+        if reaction is not None and reaction.nothing_to_undo is not None:
+            reason = reaction.nothing_to_undo
+            journal.advance(run.key, run.state, StepState.COMPENSATED, reason=reason)
+            left.remove(run)
+        else:
+            journal.advance(run.key, run.state, StepState.COMPENSATING)
+            owe_compensation(runtime, journal, run.key, cause)
+    return left
+
+
+class _Answered:
+    """Whose answers to a run's events are not known to be undone."""
+
+    def __init__(self, runtime: Runtime, journal: Journal, saga: SagaRow) -> None:
+        self._eager = runtime.unwinds_eagerly
+        if not self._eager:
+            self._heard = journal.heard(saga.saga_id)
+            self._peers = {
+                peer: takes
+                for peer, takes in journal.peers().items()
+                if peer != runtime.participant and peer not in self._heard
+            }
+
+    def by_any(self, run: StepRow, here: list[StepRow]) -> bool:
+        if self._eager:
+            return False
+        return any(
+            any(event.event_id in other.causes for other in here if other is not run)
+            or any(event.event_id in pending for pending in self._heard.values())
+            or any(event.type in takes for takes in self._peers.values())
+            for event in run.published
+        )
+
+
+def owe_compensation(
+    runtime: Runtime, journal: Journal, key: RunKey, cause: Envelope | None
+) -> None:
     """Owe a run that is compensating the delivery that undoes it."""
     due = CompensationDue(key.saga_id, key.step, key.trigger_id)
     # Also for a step that this deployment does not know: its delivery waits for one that does.
@@ -80,10 +179,10 @@ def compensate(
         raise SagaError(f"{key} is to be compensated and is not in the journal any more")
     if not run.state.owes_compensation:
         return
-    _undo(runtime, journal, reaction, run)
+    _call_undo(runtime, journal, reaction, run)
     saga = journal.lock(key.saga_id)
     journal.advance(key, run.state, StepState.COMPENSATED)
-    close(runtime, journal, saga, delivery.envelope)
+    go_on(runtime, journal, saga, delivery.envelope)
 
 
 def count_as_undone(runtime: Runtime, session: Session, key: RunKey, reason: str) -> bool:
@@ -94,14 +193,15 @@ def count_as_undone(runtime: Runtime, session: Session, key: RunKey, reason: str
         return False
     saga = journal.lock(key.saga_id)
     journal.advance(key, run.state, StepState.COMPENSATED, reason=reason)
-    close(runtime, journal, saga, None)
+    go_on(runtime, journal, saga, None)
     return True
 
 
-def _undo(
+def _call_undo(
     runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: ClaimedRun
 ) -> None:
     if reaction.undo is None:
+        # What says nothing_to_undo only now, after a change of its declaration, is undone as well.
         if reaction.nothing_to_undo is None:
             raise NoCompensation(
                 f"{reaction} ({reaction.place}) was done and must be undone, and has no "
@@ -127,21 +227,6 @@ def _triggers(
         return [runtime.read(run.trigger)]
     arrived = journal.arrivals(run.key.saga_id, run.key.step)
     return [runtime.read(arrived[event_type.name]) for event_type in reaction.on]
-
-
-def close(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
-    """Say how much is left to undo here, and end the saga where that is nothing."""
-    runs = journal.runs(saga.saga_id)
-    owed = [run.key for run in runs if run.state.owes_compensation or run.state.is_uncertain]
-    journal.move(
-        saga,
-        saga.state if owed else SagaState.COMPENSATED,
-        stuck=any(run.state.waits_for_a_person for run in runs),
-        reason=saga.reason,
-    )
-    pending = tuple(OwedCompensation(key.step, key.trigger_id) for key in owed)
-    undone = SagaUndone(saga.saga_id, runtime.participant, pending)
-    runtime.publish(journal, undone, saga.saga_id, cause)
 
 
 def park_compensation(

@@ -22,6 +22,7 @@ from outbox.events import Registry
 from outbox.receive import ReceiveSettings
 from outbox.service import RetryPolicy
 from saga import Participant, Reject, current
+from saga.participant import Unwinding
 from saga.testing.choreography import Choreography, Message
 
 TWICE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
@@ -97,6 +98,7 @@ class Shop:
     engine: Engine
     kind: type[Participant] = Participant
     settings: ReceiveSettings | None = None
+    unwind: Unwinding = "reverse"
     failures: Counter[str] = field(default_factory=Counter)
     """How many more times each "actor.do" or "actor.undo" raises `Broken`. The actors are the
     participants, and "prepare" for the first join."""
@@ -189,7 +191,13 @@ class Shop:
     # ---- the participants ----
 
     def _participant(self, name: str) -> Participant:
-        return self.kind(name, registry=self.registry, retry=TWICE, compensation_retry=TWICE)
+        return self.kind(
+            name,
+            registry=self.registry,
+            retry=TWICE,
+            compensation_retry=TWICE,
+            unwind=self.unwind,
+        )
 
     def _declare_order(self) -> None:
         @self.order.compensation(OrderCreated)
@@ -250,6 +258,14 @@ class Shop:
         )
 
 
+_CAUSES = (
+    *(("order.undo", f"{name}.undo") for name in BRANCHES),
+    ("inventory.undo", "prepare.undo"),
+    ("users.undo", "prepare.undo"),
+)
+"""What was caused is undone before its cause."""
+
+
 def check_whole(shop: Shop, saga_id: UUID) -> str:
     """How the saga ended. Raises `AssertionError` if it is not whole: completed with every effect
     there once, or compensated with every effect undone once and none after that."""
@@ -268,4 +284,9 @@ def check_whole(shop: Shop, saga_id: UUID) -> str:
             assert end == "compensated", f"not at its end: {states}"
             expected = [["do", "undo"], *([] if actor == "order" else [[]])]
         assert effects in expected, f"{end}, but {actor} has {effects}"
+    if shop.unwind == "reverse":
+        undone = [one for one in shop.effects(saga_id) if one.endswith(".undo")]
+        for cause, effect in _CAUSES:
+            if cause in undone and effect in undone:
+                assert undone.index(effect) < undone.index(cause), f"out of order: {undone}"
     return end

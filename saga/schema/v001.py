@@ -43,6 +43,7 @@ UP: Final = (
                          'calling', 'unresolved', 'happened', 'not_happened')),
         trigger     bytea       NOT NULL,
         emitted     bytea,
+        published   text,
         reason      text,
         ordinal     bigint      GENERATED ALWAYS AS IDENTITY,
         ran_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -82,9 +83,31 @@ UP: Final = (
     )
     """,
     "CREATE INDEX saga_intervention_of_saga ON {schema}.saga_intervention (saga_id, participant)",
+    # Whose steps answer which events, as each participant has said of itself.
+    """
+    CREATE TABLE {schema}.saga_peer (
+        participant text        NOT NULL,
+        peer        text        NOT NULL,
+        takes       text[]      NOT NULL,
+        since       uuid        NOT NULL,
+        known_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (participant, peer)
+    )
+    """,
+    # Of a saga being undone: the events that a peer has answered and not undone yet.
+    """
+    CREATE TABLE {schema}.saga_peer_undone (
+        saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
+        peer        text        NOT NULL,
+        pending     uuid[]      NOT NULL,
+        PRIMARY KEY (saga_id, participant, peer),
+        FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
+    )
+    """,
 )
 
 DOWN: Final = (
-    "DROP TABLE {schema}.saga_intervention, {schema}.saga_join_arrival, {schema}.saga_step, "
-    "{schema}.saga",
+    "DROP TABLE {schema}.saga_intervention, {schema}.saga_peer, {schema}.saga_peer_undone, "
+    "{schema}.saga_join_arrival, {schema}.saga_step, {schema}.saga",
 )

@@ -24,6 +24,7 @@ from outbox import pending
 from outbox.receive import Receipt, Receiver, ReceiveSettings
 from outbox.service import Service
 from outbox.statements import statement
+from saga.participant import Participant
 
 _END_OF_LOG = "SELECT COALESCE(max(position), 0) FROM {schema}.outbox_event"
 # By event id as well as by position: a transaction that began early may commit late.
@@ -32,6 +33,7 @@ SELECT position, event_id, type, body FROM {schema}.outbox_event
 WHERE position > :end ORDER BY position
 """
 _EVERYTHING = 1_000_000
+_LONG_AGO = UUID(int=0)
 
 Choose = Callable[[Sequence["Message"]], "Message"]
 
@@ -50,6 +52,18 @@ class Message:
         return f"{self.type} to {self.handler or self.service}"
 
 
+def acquaint(services: Mapping[Service, Engine]) -> None:
+    """Let the participants know each other, as their introductions would, and nobody else."""
+    participants = [one for one in services if isinstance(one, Participant)]
+    for participant in participants:
+        with Session(services[participant]) as session, session.begin():
+            journal = participant.journal(session)
+            for name in journal.peers():
+                journal.forget(name)
+            for peer in participants:
+                journal.know(peer.name, peer.answers, _LONG_AGO)
+
+
 class Choreography:
     """The services of a choreography with their databases, which they may share."""
 
@@ -59,8 +73,12 @@ class Choreography:
         *,
         settings: ReceiveSettings | None = None,
         from_the_beginning: bool = False,
+        acquainted: bool = True,
     ) -> None:
-        """Events that are in the logs already are left alone, unless *from_the_beginning*."""
+        """Events that are in the logs already are left alone, unless *from_the_beginning*.
+
+        The participants know each other, as after their introductions, unless not *acquainted*.
+        """
         self.services = dict(services)
         self.receivers = {
             service.name: Receiver(service, engine, settings)
@@ -70,6 +88,8 @@ class Choreography:
         """Messages that have not been delivered yet, oldest first."""
         self.delivered: list[Message] = []
         self._seen: set[UUID] = set()
+        if acquainted:
+            acquaint(services)
         self._ends = {log: 0 if from_the_beginning else self._end_of(*log) for log in self._logs()}
 
     def collect(self) -> Sequence[Message]:

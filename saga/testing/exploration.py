@@ -37,6 +37,7 @@ _VOLATILE: Final = frozenset(
         "body",
         "trigger",
         "emitted",
+        "published",
         "digest",
         "traceback",
     }
@@ -298,6 +299,8 @@ def _row(values: dict[str, Any], names: dict[UUID, str]) -> str:
     for name, value in values.items():
         if name in _VOLATILE or isinstance(value, datetime):
             continue
+        if isinstance(value, list):
+            value = sorted(names.get(one, str(one)) for one in value)
         shown[name] = names.get(value, str(value)) if isinstance(value, UUID) else value
     return repr(shown)
 

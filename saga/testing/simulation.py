@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from saga.testing.choices import Choices, Replayed, Seeded, shrink
+from saga.testing.choreography import acquaint
 from saga.testing.processes import Process
 from saga.testing.world import Node, SimulatedService, World
 
@@ -86,6 +87,9 @@ class Simulation:
     """How many of the requests each schedule makes, drawn from its seed; None: all, in their order."""
     max_turns: int = 20_000
     """A schedule that has not settled after this many turns counts as broken."""
+
+    def __post_init__(self) -> None:
+        acquaint({one.service: one.engine for one in self.services})
 
     def run(self, schedules: int, seed: int = 0) -> Report:
         """Run *schedules* schedules with the seeds from *seed* on. Raises `Broken` for the first that breaks."""

@@ -35,7 +35,7 @@ def engine(databases: Databases) -> Iterator[Engine]:
 
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
-    shop = Shop(engine, StoppingParticipant)
+    shop = Shop(engine, StoppingParticipant, unwind="eager")
     shop.run("DELETE FROM outbox.dead_letter")
     shop.run("DELETE FROM outbox.pending_delivery")
     return shop

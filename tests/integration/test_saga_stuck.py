@@ -128,7 +128,7 @@ def test_a_compensation_that_keeps_failing_is_stuck_while_the_others_go_on(shop:
         shop.deliver("order.created", branch)
     shop.play.settle()
     assert shop.states(saga_id) == {
-        "order": "compensated",
+        "order": "compensating",
         "inventory": "compensating stuck",
         "users": "compensated",
         "shipping": "compensated",

@@ -196,7 +196,8 @@ def test_a_participant_is_bound_to_its_triggers_and_to_what_decides_a_saga(
 ) -> None:
     stock.step(on=Ordered)(of_one)
     stock.on(Refused, name="stock.watch")(of_one)
-    assert stock.bindings == ["o.ordered", "o.refused", "saga.aborted", "saga.completed"]
+    decisions = ["saga.aborted", "saga.completed", "saga.introduced", "saga.undone"]
+    assert stock.bindings == ["o.ordered", "o.refused", *decisions]
     assert stock.subscriptions == ["o.refused"]
 
 

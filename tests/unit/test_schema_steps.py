@@ -54,8 +54,7 @@ def test_partitions_are_among_the_tables_a_component_knows_as_its_own() -> None:
     assert {"outbox_event", "outbox_event_default", "outbox_cursor_0"} <= (
         outbox.schema.component.table_names
     )
-    expected = {"saga", "saga_step", "saga_join_arrival", "saga_intervention"}
-    assert expected == saga.schema.component.table_names
+    assert {"saga", "saga_step", "saga_join_arrival"} < saga.schema.component.table_names
 
 
 @pytest.mark.parametrize(
