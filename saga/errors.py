@@ -55,13 +55,27 @@ class Refused(SagaError):
     """A person asked for what would break a promise, or for what is not there. Nothing was done."""
 
 
+class Held(SagaError):
+    """A row is pending for another saga (`saga.isolation`). In a step, turn it into a `Reject`."""
+
+    def __init__(self, what: str, saga_id: UUID) -> None:
+        super().__init__(what)
+        self.saga_id = saga_id
+
+
+class Changed(SagaError):
+    """What the saga had read is not so any more (`saga.isolation.reread`)."""
+
+
 class IllegalTransition(SagaError):
     """The journal was asked for a move that its state machine does not have. A defect of the runtime."""
 
 
 __all__ = [
     "AlreadyStarted",
+    "Changed",
     "ConfigurationError",
+    "Held",
     "IllegalTransition",
     "NoCompensation",
     "OutsideSaga",

@@ -13,6 +13,7 @@ from examples.order_saga.analytics import models as analytics_models
 from examples.order_saga.analytics.service import analytics
 from examples.order_saga.inventory import models as inventory_models
 from examples.order_saga.inventory.service import inventory
+from examples.order_saga.inventory.stock import Shown, shown
 from examples.order_saga.order import models as order_models
 from examples.order_saga.order.models import Order
 from examples.order_saga.order.service import order, place_order
@@ -95,6 +96,12 @@ class OrderSaga:
     def reservations(self) -> list[tuple[UUID, str, int]]:
         row = inventory_models.Reservation
         return self._rows(inventory, select(row.order_id, row.sku, row.quantity).order_by(row.sku))
+
+    @property
+    def shown(self) -> dict[str, Shown]:
+        """The stock as inventory shows it."""
+        with Session(self.engines[inventory]) as session:
+            return shown(session)
 
     @property
     def points(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from examples.order_saga.inventory.stock import Shown
 from saga import AlreadyStarted
 from saga.testing.choreography import Message
 from tests.databases import Databases
@@ -44,6 +45,37 @@ def test_an_order_that_nobody_objects_to_is_confirmed_by_all(shop: OrderSaga) ->
     assert shop.reservations == [(order_id, "chair", 1), (order_id, "lamp", 2)]
     assert shop.points == {"alice": 30, "mallory": 0}
     assert shop.shipments == {order_id: "active"}
+
+
+def test_what_a_pending_order_has_reserved_is_neither_for_sale_nor_shown_as_sold(
+    shop: OrderSaga,
+) -> None:
+    shop.place(quantities={"chair": 2})
+    seen: list[Shown] = []
+
+    def step_by_step(waiting: Sequence[Message]) -> Message:
+        seen.append(shop.shown["chair"])
+        return waiting[0]
+
+    shop.play.settle(step_by_step)
+    assert list(dict.fromkeys(seen)) == [Shown(2, 0, 0), Shown(0, 2, 0), Shown(0, 0, 2)]
+
+
+def test_what_a_pending_order_has_reserved_is_not_sold_twice_and_comes_back_when_it_is_cancelled(
+    shop: OrderSaga,
+) -> None:
+    pending = shop.place(country="AQ", quantities={"chair": 2})
+    created = next(one for one in shop.play.collect() if one.service == "inventory")
+    shop.play.deliver(created)
+    too_late = shop.place(quantities={"chair": 1})
+    created = next(
+        one for one in shop.play.collect() if (one.service, one.type) == ("inventory", created.type)
+    )
+    shop.play.deliver(created)
+    assert shop.shown["chair"] == Shown(available=0, reserved=2, sold=0)
+    shop.play.settle()
+    assert {shop.order(id).status for id in (pending, too_late)} == {"cancelled"}
+    assert shop.shown["chair"] == Shown(available=2, reserved=0, sold=0)
 
 
 def test_an_order_for_more_than_there_is_leaves_no_item_taken(shop: OrderSaga) -> None:

@@ -53,6 +53,7 @@ def books() -> Books:
         ordered=[Line(CONFIRMED, "lamp", 1), Line(CANCELLED, "lamp", 2)],
         stock={"lamp": 9},
         reserved=[Line(CONFIRMED, "lamp", 1)],
+        pending=[],
         points={"alice": 49, "bob": 0},
         entries=[Entry(CONFIRMED, "alice", 49)],
         shipments={
@@ -138,6 +139,10 @@ TAMPERED: dict[str, tuple[Tampering, str]] = {
     "an order that was cancelled for no reason": (
         alter_order(CANCELLED, reason=None),
         "without a reason",
+    ),
+    "an item that is not shown as sold": (
+        lambda b: b.pending.append(b.reserved[0]),
+        "1 of lamp are shown as reserved by order",
     ),
     "stock that is gone": (lambda b: b.stock.update(lamp=8), "lamp: 10 − 1 sold, but 8 are left"),
     "a reservation that stayed": (

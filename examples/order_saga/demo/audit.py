@@ -96,6 +96,10 @@ def stock_adds_up(evidence: Evidence) -> Finding:
                 for sku, first in evidence.shop.stock.items()
                 if first - sold[sku] != books.stock.get(sku)
             ),
+            *(
+                f"{line.quantity} of {line.sku} are shown as reserved by order {line.order_id}"
+                for line in books.pending
+            ),
             *_differences(
                 "reservation",
                 {(line.order_id, line.sku, line.quantity) for line in books.reserved},

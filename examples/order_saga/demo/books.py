@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, LiteralString, TypeVar
+from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -16,6 +16,13 @@ from psycopg.rows import class_row
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+_PENDING: Final = """
+SELECT {} FROM reservation WHERE pending_saga IN (
+    SELECT saga_id FROM outbox.saga
+    WHERE participant = 'inventory' AND state IN ('running', 'compensating')
+)
+"""
 
 Row = TypeVar("Row", bound="DataclassInstance")
 
@@ -138,6 +145,8 @@ class Books:
     ordered: list[Line]
     stock: dict[str, int]
     reserved: list[Line]
+    pending: list[Line]
+    """What inventory shows as reserved by an order that is not decided."""
     points: dict[str, int]
     entries: list[Entry]
     shipments: dict[UUID, Shipment]
@@ -159,6 +168,7 @@ def read_books(database_urls: Mapping[str, str]) -> Books:
             ordered=readers["order"].rows(Line, "SELECT {} FROM order_item"),
             stock=readers["inventory"].pairs("SELECT sku, available FROM stock"),
             reserved=readers["inventory"].rows(Line, "SELECT {} FROM reservation"),
+            pending=readers["inventory"].rows(Line, _PENDING),
             points=readers["users"].pairs("SELECT id, points FROM users"),
             entries=readers["users"].rows(Entry, "SELECT {} FROM points_entry"),
             shipments={

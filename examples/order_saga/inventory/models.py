@@ -30,3 +30,5 @@ class Reservation(Base):
     order_id: Mapped[UUID] = mapped_column(primary_key=True)
     sku: Mapped[str] = mapped_column(primary_key=True)
     quantity: Mapped[int]
+    pending_saga: Mapped[UUID | None]
+    """The order's saga; the items are sold once it is completed (see `stock.py`)."""

@@ -10,8 +10,10 @@ from sqlalchemy.orm import Session
 from examples.order_saga.contracts import Item, OrderCreated, StockRejected, StockReserved
 from examples.order_saga.inventory.models import Reservation, Stock
 from saga import Participant, Reject
+from saga.isolation import SemanticLock
 
 inventory = Participant("inventory")
+pending = SemanticLock(inventory, Reservation.pending_saga)
 
 
 @inventory.step(on=OrderCreated, emits=StockReserved, rejects=StockRejected)
@@ -24,7 +26,14 @@ def reserve_stock(order: OrderCreated, session: Session) -> StockReserved:
                     reason=f"fewer than {item.quantity} of {item.sku} are left",
                 )
             )
-        session.add(Reservation(order_id=order.order_id, sku=item.sku, quantity=item.quantity))
+        session.add(
+            Reservation(
+                order_id=order.order_id,
+                sku=item.sku,
+                quantity=item.quantity,
+                pending_saga=pending.holder(),
+            )
+        )
     return StockReserved(order_id=order.order_id)
 
 
