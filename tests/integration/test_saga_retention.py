@@ -30,7 +30,7 @@ def engine(databases: Databases) -> Iterator[Engine]:
 
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
-    shop = Shop(engine)
+    shop = Shop(engine, unwind="eager")
     for table in ("saga", "dead_letter", "pending_delivery", "quarantine"):
         shop.run(f"DELETE FROM outbox.{table}")
     return shop
