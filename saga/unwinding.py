@@ -93,9 +93,11 @@ def _undo(
     left = _undo_what_is_free(runtime, journal, saga, owed, cause)
     if only_if_less and len(left) == len(owed):
         return
+    # An ended saga stays ended, also while a late result is undone (`saga.external`).
+    is_open = bool(left) and saga.state is not SagaState.COMPENSATED
     journal.move(
         saga,
-        SagaState.COMPENSATING if left else SagaState.COMPENSATED,
+        SagaState.COMPENSATING if is_open else SagaState.COMPENSATED,
         stuck=any(run.state.waits_for_a_person for run in runs),
         reason=saga.reason,
     )

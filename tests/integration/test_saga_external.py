@@ -236,6 +236,43 @@ def test_a_late_result_of_a_paused_worker_is_undone_after_all(shop: Payments) ->
     assert shop.bank.charges(saga_id) == [(1, 1)]
 
 
+def test_two_late_results_of_one_saga_are_both_undone(shop: Payments) -> None:
+    tips: list[str] = []
+
+    @shop.payments.step(on=Ordered, external=True)
+    def tip(ordered: Ordered) -> None:
+        shop.bank.at("before tip")
+        tips.append("do")
+
+    @tip.resolve
+    def look_up(ordered: Ordered) -> bool:
+        return False
+
+    @tip.compensation
+    def take_back(ordered: Ordered, session: Session) -> None:
+        tips.append("undo")
+
+    saga_id = shop.start(is_out_of_stock=True)
+    trigger = shop.message("order.ordered", "payments")
+
+    def everyone_else_goes_on() -> None:
+        shop.deliver("order.ordered", "stock")
+        shop.deliver("saga.aborted", "payments")
+        shop.play.settle()
+
+    paused = (
+        Once("before charge", lambda: shop.play.deliver(trigger)),
+        Once("before tip", everyone_else_goes_on),
+    )
+    shop.bank.at = lambda where: [one(where) for one in paused]
+    shop.play.deliver(trigger)
+    assert all(one.is_over for one in paused)
+    shop.play.settle()
+    assert shop.check_whole(saga_id) == "compensated"
+    assert shop.bank.charges(saga_id) == [(1, 1)]
+    assert tips == ["do", "undo"]
+
+
 def test_two_workers_that_call_at_once_charge_one_key_and_finish_once(shop: Payments) -> None:
     saga_id = shop.start()
     trigger = shop.message("order.ordered", "payments")
