@@ -28,7 +28,7 @@ from outbox.errors import MalformedMessage, UnknownEventType
 from outbox.events import Registry
 from outbox.ids import created_at
 from outbox.limits import DEFAULT_LIMITS, Limits
-from outbox.service import Handler, RetryPolicy, Service
+from outbox.service import Handler, Service
 from outbox.transactions import NotSettled, Transactions
 
 log = logging.getLogger(__name__)
@@ -188,8 +188,7 @@ class Receiver:
     # ---- which handlers ----
 
     def _named(self, name: str) -> Handler:
-        found = self.service.handler(name)
-        return found or _missing_handler(name, self.service.retry)
+        return self.service.handler(name) or self.service.stand_in(name)
 
     def _subscribed(self, envelope: Envelope) -> list[Handler]:
         handlers = list(self.service.handlers_for(envelope.type))
@@ -321,18 +320,3 @@ class _Payload:
             return self.event
         except MalformedMessage:
             return None
-
-
-def _missing_handler(name: str, retry: RetryPolicy) -> Handler:
-    """Stands in for one that is not in this deployment: the delivery fails, is retried and parked.
-
-    A worker of the next deployment may know it, so it is not given up at once.
-    """
-
-    def run(*_: object) -> None:
-        raise LookupError(
-            f"no handler is named {name} in this deployment: if it was renamed, give it its old "
-            "name (name=...), then redrive"
-        )
-
-    return Handler(name=name, event_types=frozenset({"any"}), run=run, retry=retry)

@@ -211,6 +211,18 @@ class Service:
         """The handler of that name, or None."""
         return self._handlers.get(name)
 
+    def stand_in(self, name: str) -> Handler:
+        """Takes what is owed to a handler that is not in this deployment: it fails, is retried and
+        parked. A worker of the next deployment may know it, so it is not given up at once."""
+
+        def run(*_: object) -> None:
+            raise LookupError(
+                f"no handler is named {name} in this deployment: if it was renamed, give it its old "
+                "name (name=...), then redrive"
+            )
+
+        return Handler(name=name, event_types=frozenset({"any"}), run=run, retry=self.retry)
+
     @property
     def handlers(self) -> Sequence[Handler]:
         return tuple(self._handlers.values())

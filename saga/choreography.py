@@ -94,6 +94,8 @@ class StepSpec:
     nothing_to_undo: str | None = None
     exhausted: Exhausted = "stuck"
     """What becomes of the saga when the step's attempts are used up."""
+    was: tuple[str, ...] = ()
+    """Names that it had before."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class JoinSpec:
     compensation: Place | None = None
     nothing_to_undo: str | None = None
     exhausted: Exhausted = "stuck"
+    was: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,16 @@ def compare(old: Contract, new: Contract) -> list[Finding]:
 
 def _reactions(old: Contract, new: Contract) -> Iterator[Finding]:
     now = _by_name(new)
+    known_as = {name: one for one in now.values() for name in (*one.was, one.name)}
     for name, before in _by_name(old).items():
-        after = now.get(name)
+        after = known_as.get(name)
         if after is None:
             yield _removed(old, new, before)
             continue
+        yield from _alias_dropped(before, after)
         yield from _trigger(before, after)
         yield from _answers(before, after)
-        yield from _undoing(before, after, f"{after.participant}.{name}")
+        yield from _undoing(before, after, _name(after))
         yield from _aborting(before, after)
         if _completes(before) != _completes(after):
             yield error(
@@ -51,27 +53,61 @@ def _reactions(old: Contract, new: Contract) -> Iterator[Finding]:
                 "saga: one that is in flight would be decided twice, or never",
                 after.place,
             )
+    before_that = _by_name(old)
+    heirs = [_heir(old, new, one) for name, one in before_that.items() if name not in known_as]
+    for name, added in now.items():
+        if added not in heirs and not before_that.keys() & {name, *added.was}:
+            yield _added(added)
+
+
+def _added(added: Reaction) -> Finding:
+    effect = (
+        f"a saga whose {added.on.name} came before the deployment goes on without it"
+        if isinstance(added, StepSpec)
+        else "a saga some of whose events came before the deployment never wakes it"
+    )
+    return warning("step-added", f"{_name(added)} is new: {effect}", added.place)
+
+
+def _alias_dropped(before: Reaction, after: Reaction) -> Iterator[Finding]:
+    dropped = [name for name in before.was if name not in (*after.was, after.name)]
+    if dropped:
+        yield warning(
+            "alias-dropped",
+            f"{_name(after)} does not say any more that it was {listed(dropped)}: no saga may be "
+            "open that began under that name",
+            after.place,
+        )
 
 
 def _removed(old: Contract, new: Contract, before: Reaction) -> Finding:
-    heirs = [
-        one
-        for name, one in _by_name(new).items()
-        if name not in _by_name(old) and set(_names(_on(one))) == set(_names(_on(before)))
-    ]
-    if heirs:
+    heir = _heir(old, new, before)
+    if heir is not None:
         return error(
             "step-renamed",
-            f"{_name(before)} seems to have become {_name(heirs[0])}: an event that it has handled "
+            f"{_name(before)} seems to have become {_name(heir)}: an event that it has handled "
             "would be new to that name, and its retries, redrives and compensations are owed to "
-            f'the old one; keep it with name="{before.name}"',
-            heirs[0].place,
+            f'the old one; say was="{before.name}", or keep the name with name="{before.name}"',
+            heir.place,
         )
     return error(
         "step-removed",
-        f"{_name(before)} is gone: events on their way to it are dropped, its retries and redrives "
-        "find no handler, and what it has done cannot be undone; keep it until no saga is open",
+        f"{_name(before)} is gone: events on their way to it are not handled, its retries and "
+        "redrives find no handler, and sagas that have to undo it are stuck; keep it until no saga "
+        "is open",
         place_of(new),
+    )
+
+
+def _heir(old: Contract, new: Contract, gone: Reaction) -> Reaction | None:
+    """The new reaction to the same events, if there is one."""
+    return next(
+        (
+            one
+            for name, one in _by_name(new).items()
+            if name not in _by_name(old) and set(_names(_on(one))) == set(_names(_on(gone)))
+        ),
+        None,
     )
 
 
@@ -90,7 +126,7 @@ def _trigger(before: Reaction, after: Reaction) -> Iterator[Finding]:
         effect = (
             "a saga that has all the others is not woken any more"
             if isinstance(after, JoinSpec)
-            else "those on their way are dropped"
+            else "those on their way are not handled"
         )
         yield error(
             "trigger-changed",
@@ -247,7 +283,7 @@ def _subscriptions(old: Contract, new: Contract) -> Iterator[Finding]:
         if name not in now and name not in taken_by_reactions:
             yield warning(
                 "subscription-dropped",
-                f"{new.name} no longer takes {name}: those on their way are dropped",
+                f"{new.name} no longer takes {name}: those on their way are not handled",
                 place_of(new),
             )
 

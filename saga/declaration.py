@@ -68,6 +68,7 @@ class Reaction(Generic[P, R]):
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         completes: bool = False,
+        was: tuple[str, ...] = (),
     ) -> None:
         self.function = function
         self.owner = owner
@@ -79,6 +80,7 @@ class Reaction(Generic[P, R]):
         self.nothing_to_undo = nothing_to_undo
         self.exhausted = exhausted
         self.completes = completes
+        self.was = was
         self.undo: Callable[..., None] | None = None
         self.undo_place: Place | None = None
         self._refuse_mistakes()
@@ -141,10 +143,15 @@ class Reaction(Generic[P, R]):
 
     def _refuse_mistakes(self) -> None:
         what = f"{self.place}: {self.kind} {self}"
-        if not _NAME.fullmatch(self.name):
+        for name in (self.name, *self.was):
+            if not _NAME.fullmatch(name):
+                raise ConfigurationError(
+                    f"{what}: {name!r} cannot be a name: a letter or _, then letters, digits, _ "
+                    "and -, at most 100 characters"
+                )
+        if len({self.name, *self.was}) <= len(self.was):
             raise ConfigurationError(
-                f"{what}: {self.name!r} cannot be a name: a letter or _, then letters, digits, _ "
-                "and -, at most 100 characters"
+                f"{what}: was={self.was!r} names it as it is now, or twice; it is for old names"
             )
         if self.exhausted not in _EXHAUSTED:
             raise ConfigurationError(
@@ -239,6 +246,11 @@ class Start(Reaction[[], None]):
 
     def _refuse_mistakes(self) -> None:
         _check_reason(self.nothing_to_undo, f"{self.place}: {self.kind} {self}")
+
+
+def old_names(was: str | Iterable[str]) -> tuple[str, ...]:
+    """What was given as `was=...`, one name or several."""
+    return (was,) if isinstance(was, str) else tuple(was)
 
 
 def start_name(event: EventType) -> str:

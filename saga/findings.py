@@ -65,8 +65,7 @@ def place_of(contract: Contract) -> Place | None:
     places += [one.place for one in spec.steps]
     places += [one.place for one in spec.joins]
     plain = (*contract.subscriptions, *contract.publications)
-    places += [one.place for one in plain if one.place is not None]
-    return min(places, default=None)
+    return min(places or [one.place for one in plain if one.place is not None], default=None)
 
 
 def _order(one: Finding) -> tuple[Any, ...]:

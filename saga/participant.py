@@ -15,6 +15,7 @@ wrongly is refused at import, with the file and the line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
@@ -26,7 +27,7 @@ from outbox.events import EventType, Registry
 from outbox.events import registry as default_registry
 from outbox.service import Handler, RetryPolicy, Service
 from outbox.sql import DEFAULT_SCHEMA
-from saga import control, decisions, peers, retention
+from saga import control, decisions, peers, renamed, retention
 from saga.choreography import (
     EventRef,
     Exhausted,
@@ -49,6 +50,7 @@ from saga.declaration import (
     Start,
     Step,
     event_types,
+    old_names,
 )
 from saga.external import finish_call, park_call, prepare_call
 from saga.join import park_join, run_join
@@ -56,7 +58,7 @@ from saga.runtime import Runtime
 from saga.start import start
 from saga.step import park_step, run_step
 from saga.store import SqlJournal
-from saga.unwinding import compensate, park_compensation
+from saga.unwinding import compensate, park_compensation, refuse_removed
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -104,9 +106,10 @@ class Participant(Service):
         self.retention = retention
         control.register_control_events(registry)
         self._reactions: dict[str, Reaction[..., Any]] = {}
+        self._by_any_name: dict[str, Reaction[..., Any]] = {}
         self._own_handlers: set[str] = set()
         self._runtime = Runtime(
-            name, registry, self._reactions, self.journal, unwinds_eagerly=unwind == "eager"
+            name, registry, self._by_any_name, self.journal, unwinds_eagerly=unwind == "eager"
         )
         self._add_decision(control.ABORTED, decisions.on_aborted)
         self._add_decision(control.COMPLETED, decisions.on_completed)
@@ -116,6 +119,10 @@ class Participant(Service):
 
     def journal(self, session: Any) -> Journal:
         """This participant's journal in the transaction of *session*."""
+        if was := renamed.names(self._reactions.values()):
+            return renamed.RenamedJournal(
+                session, self.name, self.schema, decides=self.decides, was=was
+            )
         return SqlJournal(session, self.name, self.schema, decides=self.decides)
 
     @property
@@ -135,6 +142,7 @@ class Participant(Service):
         exhausted: Exhausted = "stuck",
         external: bool = False,
         name: str | None = None,
+        was: str | Iterable[str] = (),
         retry: RetryPolicy | None = None,
         compensation_retry: RetryPolicy | None = None,
     ) -> Callable[[Callable[P, R]], Step[P, R]]:
@@ -145,7 +153,8 @@ class Participant(Service):
         the saga is aborted; *nothing_to_undo* says why it needs none. When its attempts are used
         up, the saga is stuck until a person redrives it, or, with ``exhausted="abort"``, aborted:
         only for a step whose failed attempts leave nothing behind anywhere. *name* (by default the
-        function's) stands in the journal and in the inbox, so it must outlive refactorings.
+        function's) stands in the journal and in the inbox, so it must outlive refactorings; a step
+        that had another one is declared with *was*, until no saga from before is open.
         An *external* one acts outside of the database: it is `fn(event)`, called outside of any
         transaction after the intent to do so was committed (see `saga.external`).
         Raises `ConfigurationError` at import, with the file and the line.
@@ -160,7 +169,7 @@ class Participant(Service):
             step = (ExternalStep if external else Step)(
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
-                exhausted=exhausted,
+                exhausted=exhausted, was=old_names(was),
             )  # fmt: skip
             self._declare(step, compensation_retry)
             if isinstance(step, ExternalStep):
@@ -181,6 +190,7 @@ class Participant(Service):
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         name: str | None = None,
+        was: str | Iterable[str] = (),
         retry: RetryPolicy | None = None,
         compensation_retry: RetryPolicy | None = None,
     ) -> Callable[[Callable[P, R]], Join[P, R]]:
@@ -204,7 +214,7 @@ class Participant(Service):
             join = Join(
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
-                exhausted=exhausted, completes=completes,
+                exhausted=exhausted, completes=completes, was=old_names(was),
             )  # fmt: skip
             self._declare(join, compensation_retry)
             self._add_reaction(join, run_join, park_join, retry)
@@ -318,28 +328,35 @@ class Participant(Service):
         return Owner(self.name, self.registry)
 
     def _declare(self, reaction: Reaction[..., Any], retry: RetryPolicy | None) -> None:
-        taken = self._reactions.get(reaction.name)
-        if taken is not None:
-            raise ConfigurationError(
-                f"{reaction.place}: participant {self.name} has a {taken.kind} named "
-                f"{reaction.name} already, at {taken.place}; give one of them another name"
+        for name in (reaction.name, *reaction.was):
+            self._refuse_taken(name, reaction)
+        self._reactions[reaction.name] = reaction
+        for name in (reaction.name, *reaction.was):
+            self._by_any_name[name] = reaction
+            self._add(
+                Handler(
+                    name=self._runtime.compensation_handler(name),
+                    event_types=frozenset({control.COMPENSATION_DUE.name}),
+                    run=partial(compensate, self._runtime, reaction),
+                    retry=retry or self.compensation_retry,
+                    exhausted=partial(park_compensation, self._runtime, reaction),
+                    subscribes=False,
+                )
             )
-        if self.handler(f"{self.name}.{reaction.name}") is not None:
+
+    def _refuse_taken(self, name: str, reaction: Reaction[..., Any]) -> None:
+        taken = self._by_any_name.get(name)
+        if taken is not None:
+            had = "that was" if name in taken.was else "named"
+            raise ConfigurationError(
+                f"{reaction.place}: participant {self.name} has a {taken.kind} {had} "
+                f"{name} already, at {taken.place}; give one of them another name"
+            )
+        if self.handler(f"{self.name}.{name}") is not None:
             raise ConfigurationError(
                 f"{reaction.place}: participant {self.name} has a handler named "
-                f"{self.name}.{reaction.name} already (@{self.name}.on); rename one of them"
+                f"{self.name}.{name} already (@{self.name}.on); rename one of them"
             )
-        self._reactions[reaction.name] = reaction
-        self._add(
-            Handler(
-                name=self._runtime.compensation_handler(reaction.name),
-                event_types=frozenset({control.COMPENSATION_DUE.name}),
-                run=partial(compensate, self._runtime, reaction),
-                retry=retry or self.compensation_retry,
-                exhausted=partial(park_compensation, self._runtime, reaction),
-                subscribes=False,
-            )
-        )
 
     def _add_reaction(
         self,
@@ -349,16 +366,31 @@ class Participant(Service):
         retry: RetryPolicy | None,
         prepare: Callable[[Any, Any], Callable[[], Any] | None] | None = None,
     ) -> None:
-        self._add(
-            Handler(
-                name=f"{self.name}.{reaction.name}",
-                event_types=frozenset(event_type.name for event_type in reaction.on),
-                run=partial(run, self._runtime, reaction),
-                retry=retry or self.retry,
-                exhausted=partial(park, self._runtime, reaction),
-                versions=frozenset((one.name, one.version) for one in reaction.on),
-                prepare=prepare,
+        for name in (reaction.name, *reaction.was):
+            self._add(
+                Handler(
+                    name=f"{self.name}.{name}",
+                    event_types=frozenset(event_type.name for event_type in reaction.on),
+                    run=partial(run, self._runtime, reaction),
+                    retry=retry or self.retry,
+                    exhausted=partial(park, self._runtime, reaction),
+                    versions=frozenset((one.name, one.version) for one in reaction.on),
+                    prepare=prepare,
+                    # Under an old name it takes what is owed to that: retries, dead letters.
+                    subscribes=name == reaction.name,
+                )
             )
+
+    def stand_in(self, name: str) -> Handler:
+        """As of any service; a compensation that is not here any more makes the saga stuck."""
+        stand_in = super().stand_in(name)
+        step = name.removeprefix(f"{self.name}.").removesuffix(".compensation")
+        if name != self._runtime.compensation_handler(step):
+            return stand_in
+        return replace(
+            stand_in,
+            run=partial(refuse_removed, self._runtime, step),
+            exhausted=partial(park_compensation, self._runtime, None),
         )
 
     def _add_decision(
@@ -407,12 +439,12 @@ def _step_spec(one: Step[..., Any]) -> StepSpec:
     (on,) = _refs(one.on)
     return StepSpec(
         one.owner.participant, one.name, on, _refs(one.emits), _refs(one.rejects), one.place,
-        one.undo_place, one.nothing_to_undo, one.exhausted,
+        one.undo_place, one.nothing_to_undo, one.exhausted, one.was,
     )  # fmt: skip
 
 
 def _join_spec(one: Join[..., Any]) -> JoinSpec:
     return JoinSpec(
         one.owner.participant, one.name, _refs(one.on), _refs(one.emits), _refs(one.rejects),
-        one.completes, one.place, one.undo_place, one.nothing_to_undo, one.exhausted,
+        one.completes, one.place, one.undo_place, one.nothing_to_undo, one.exhausted, one.was,
     )  # fmt: skip

@@ -244,10 +244,8 @@ class SqlJournal:
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
         rows = self._execute(_RUNS, saga_id=saga_id).all()
-        arrived: dict[str, set[UUID]] = {}
-        if any(row.trigger_id == saga_id for row in rows):
-            for row in self._execute(_ARRIVED, saga_id=saga_id):
-                arrived.setdefault(row.join, set()).add(row.event_id)
+        has_joins = any(row.trigger_id == saga_id for row in rows)
+        arrived = self._arrived(saga_id) if has_joins else {}
         runs = []
         for row in rows:
             published = _read(row.published)
@@ -257,6 +255,13 @@ class SqlJournal:
             state = StepState(row.state)
             runs.append(StepRow(key, state, row.reason, published, frozenset(causes)))
         return runs
+
+    def _arrived(self, saga_id: UUID) -> dict[str, set[UUID]]:
+        """The ids of the events that have come for each join."""
+        arrived: dict[str, set[UUID]] = {}
+        for row in self._execute(_ARRIVED, saga_id=saga_id):
+            arrived.setdefault(row.join, set()).add(row.event_id)
+        return arrived
 
     def claim(self, key: RunKey) -> ClaimedRun | None:
         with _busy_while_locked(str(key)):

@@ -231,9 +231,18 @@ def _triggers(
     return [runtime.read(arrived[event_type.name]) for event_type in reaction.on]
 
 
+def refuse_removed(runtime: Runtime, step: str, *_: object) -> None:
+    """What a compensation does whose step is in this deployment no more."""
+    raise NoCompensation(
+        f"{runtime.participant}.{step} was done and must be undone, and this deployment has no such "
+        f'step: deploy it again, or what has become of it with was="{step}", then `saga resume`; or '
+        "undo it by hand, then `saga skip-compensation`"
+    )
+
+
 def park_compensation(
     runtime: Runtime,
-    reaction: Reaction[..., Any],
+    _reaction: Reaction[..., Any] | None,
     delivery: Delivery,
     session: Session,
     error: BaseException,
@@ -248,7 +257,7 @@ def park_compensation(
     saga = journal.lock(key.saga_id)
     journal.advance(key, run.state, StepState.COMPENSATION_STUCK, reason=described(error))
     journal.move(saga, saga.state, stuck=True, reason=saga.reason)
-    stuck = SagaStuck(key.saga_id, runtime.participant, reaction.name, type(error).__name__)
+    stuck = SagaStuck(key.saga_id, runtime.participant, key.step, type(error).__name__)
     runtime.publish(journal, stuck, key.saga_id, delivery.envelope)
 
 

@@ -102,6 +102,14 @@ class Choreography:
                     self._owe(owed)
         return self.waiting
 
+    def take_over(self, other: Choreography) -> None:
+        """Go on where *other* stands, over the same databases: as a deployment of another version."""
+        other.collect()
+        self.waiting = list(other.waiting)
+        self.delivered = list(other.delivered)
+        self._seen = set(other._seen)
+        self._ends = dict(other._ends)
+
     def deliver(self, message: Message) -> Receipt:
         """Deliver *message*, whether for the first time or again. (Work that is owed no longer is
         not done again: it is received as stale.)"""

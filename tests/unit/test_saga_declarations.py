@@ -68,6 +68,25 @@ MISTAKES: dict[str, tuple[Declare, str]] = {
         lambda p: p.step(on=Ordered, rejects=(Refused, Unregistered))(of_one),
         "Unregistered is no event type",
     ),
+    "an old name that is the name": (
+        lambda p: p.step(on=Ordered, name="one", was="one")(of_one),
+        "names it as it is now, or twice",
+    ),
+    "an old name that is none": (
+        lambda p: p.step(on=Ordered, was="one.two")(of_one),
+        "'one.two' cannot be a name",
+    ),
+    "an old name that another step has": (
+        lambda p: (p.step(on=Ordered, name="a")(of_one), p.step(on=Ordered, was="a")(of_one)),
+        "has a step named a already",
+    ),
+    "a name that another step had": (
+        lambda p: (
+            p.step(on=Ordered, was="a")(of_one),
+            p.step(on=Reserved, name="a")(of_one),
+        ),
+        "has a step that was a already",
+    ),
     "a step that takes other parameters": (
         lambda p: p.step(on=Ordered)(of_two),
         "must take (o_ordered, session)",
