@@ -221,6 +221,15 @@ def resolve(
     return key
 
 
+def runtime_without_code(participant: str, schema: str) -> Runtime:
+    """A participant's runtime that knows no declaration: control events are all that it can read."""
+    registry = Registry()
+    register_control_events(registry)
+    return Runtime(
+        participant, registry, {}, lambda session: SqlJournal(session, participant, schema)
+    )
+
+
 class _Here:
     """One saga, as the participants in one schema have it."""
 
@@ -274,12 +283,7 @@ class _Here:
         raise Refused(f"saga {self.saga_id} has no run of {step} here; its runs here: {known}")
 
     def runtime(self, participant: str) -> Runtime:
-        """The runtime without the participant's code: control events are all that it can read."""
-        registry = Registry()
-        register_control_events(registry)
-        return Runtime(
-            participant, registry, {}, lambda session: SqlJournal(session, participant, self.schema)
-        )
+        return runtime_without_code(participant, self.schema)
 
     def record(
         self,

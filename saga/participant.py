@@ -291,9 +291,13 @@ class Participant(Service):
             saga.published.extend(map(Emission, ids, types))
         return ids
 
+    def see_to_introduction(self, engine: Engine) -> None:
+        """Owe the others an introduction, unless they have had it (see `saga.peers`)."""
+        peers.see_to_introduction(self._runtime, engine)
+
     def keep_up(self, engine: Engine, window: timedelta) -> None:
         """Introduce it where that is due, and forget sagas that ended long ago."""
-        peers.see_to_introduction(self._runtime, engine)
+        self.see_to_introduction(engine)
         after = retention.no_shorter_than(window, self.retention)
         retention.forget_ended(engine, self.name, after, schema=self.schema)
 

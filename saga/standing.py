@@ -12,6 +12,9 @@ from sqlalchemy.orm import Session
 
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement
+from saga.journal import SagaState
+from saga.store import SqlJournal
+from saga.unwinding import awaited
 
 _SAGA: Final = (
     "saga_id, participant, definition, decides, state, stuck, reason, started_at, changed_at"
@@ -118,6 +121,17 @@ class Intervention:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """A step that is undone once others have undone what they did in answer to its events."""
+
+    participant: str
+    step: str
+    trigger_id: UUID
+    waits_for: tuple[str, ...]
+    """Participants."""
+
+
+@dataclass(frozen=True)
 class Story:
     """All that is known of one saga here."""
 
@@ -127,6 +141,8 @@ class Story:
     dead_letters: tuple[tuple[int, str], ...]
     """Id and handler of what waits for a redrive."""
     interventions: tuple[Intervention, ...]
+    waits: tuple[Wait, ...]
+    """Of a saga being undone: steps whose turn has not come."""
 
 
 def open_sagas(
@@ -184,7 +200,19 @@ def story(session: Session, saga_id: UUID, *, schema: str = DEFAULT_SCHEMA) -> S
             Intervention(**row._mapping)
             for row in _rows(session, _INTERVENTIONS, schema, saga_id=saga_id)
         ),
+        waits=tuple(wait for saga in sagas for wait in _waits(session, saga, schema)),
     )
+
+
+def _waits(session: Session, saga: SagaStanding, schema: str) -> list[Wait]:
+    if saga.state != SagaState.COMPENSATING:
+        return []
+    journal = SqlJournal(session, saga.participant, schema)
+    return [
+        Wait(saga.participant, key.step, key.trigger_id, tuple(sorted(peers)))
+        for key, peers in awaited(journal, saga.saga_id, saga.participant)
+        if peers
+    ]
 
 
 def _sagas(

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy.orm import Session
 
@@ -71,6 +72,11 @@ def hear_undone(
         # Who unwinds has heard of the abort: its word is as good as the abort itself.
         unwind(runtime, journal, saga, reason=undone.reason, cause=cause)
         return
+    look_again(runtime, journal, saga, cause)
+
+
+def look_again(runtime: Runtime, journal: Journal, saga: SagaRow, cause: Envelope | None) -> None:
+    """Something may have come free in a locked saga that is compensating."""
     _undo(runtime, journal, saga, journal.runs(saga.saga_id), cause, only_if_less=True)
 
 
@@ -118,11 +124,12 @@ def _undo_what_is_free(
 ) -> list[StepRow]:
     left = list(owed)
     waiting = [run for run in owed if run.state is StepState.DONE]
-    answered = _Answered(runtime, journal, saga) if waiting else None
+    answered = None
+    if waiting and not runtime.unwinds_eagerly:
+        answered = _Answered(journal, saga.saga_id, runtime.participant)
     # Latest first: a run with nothing to undo frees what caused it, which was there before it.
     for run in reversed(waiting):
-        assert answered is not None
-        if answered.by_any(run, left):
+        if answered is not None and answered.by(run, left):
             continue
         reaction = runtime.reactions.get(run.key.step)
         if reaction is not None and reaction.nothing_to_undo is not None:
@@ -135,28 +142,35 @@ def _undo_what_is_free(
     return left
 
 
+def awaited(journal: Journal, saga_id: UUID, participant: str) -> list[tuple[RunKey, set[str]]]:
+    """The runs that are not free yet, each with the participants that it waits for."""
+    runs = [run for run in journal.runs(saga_id) if run.state.has_effects]
+    answered = _Answered(journal, saga_id, participant)
+    waiting = [run for run in runs if run.state is StepState.DONE]
+    return [(run.key, answered.by(run, runs)) for run in waiting]
+
+
 class _Answered:
     """Whose answers to a run's events are not known to be undone."""
 
-    def __init__(self, runtime: Runtime, journal: Journal, saga: SagaRow) -> None:
-        self._eager = runtime.unwinds_eagerly
-        if not self._eager:
-            self._heard = journal.heard(saga.saga_id)
-            self._peers = {
-                peer: takes
-                for peer, takes in journal.peers().items()
-                if peer != runtime.participant and peer not in self._heard
-            }
+    def __init__(self, journal: Journal, saga_id: UUID, participant: str) -> None:
+        self._participant = participant
+        self._heard = journal.heard(saga_id)
+        self._unheard = {
+            peer: takes
+            for peer, takes in journal.peers().items()
+            if peer != participant and peer not in self._heard
+        }
 
-    def by_any(self, run: StepRow, here: list[StepRow]) -> bool:
-        if self._eager:
-            return False
-        return any(
-            any(event.event_id in other.causes for other in here if other is not run)
-            or any(event.event_id in pending for pending in self._heard.values())
-            or any(event.type in takes for takes in self._peers.values())
-            for event in run.published
-        )
+    def by(self, run: StepRow, here: list[StepRow]) -> set[str]:
+        """Who they are, among them this participant for what was done *here*."""
+        ids = {event.event_id for event in run.published}
+        types = {event.type for event in run.published}
+        peers = {peer for peer, pending in self._heard.items() if pending & ids}
+        peers |= {peer for peer, takes in self._unheard.items() if takes & types}
+        if any(other.causes & ids for other in here if other is not run):
+            peers.add(self._participant)
+        return peers
 
 
 def owe_compensation(

@@ -28,6 +28,8 @@ _COMMANDS: Final = {
     "skip-compensation": Lazy(
         "saga.cli.operating", "Count a step as undone by hand.", "skip_compensation_command"
     ),
+    "peers": Lazy("saga.cli.peers", "List who waits for whom.", "peers_command"),
+    "retire": Lazy("saga.cli.peers", "Wait for a participant no longer.", "retire_command"),
 }
 
 

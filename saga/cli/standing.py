@@ -202,10 +202,16 @@ def _resume_with(told: Story) -> str:
 
 def _advice(told: Story) -> list[str]:
     return [
-        f"{one.participant}.{one.step} is stuck: {first_line(one.reason or '')}. "
-        f"Once that is put right: {_resume_with(told)}"
-        for one in told.steps
-        if one.is_stuck
+        *(
+            f"{one.participant}.{one.step} is undone once {' and '.join(one.waits_for)} said so"
+            for one in told.waits
+        ),
+        *(
+            f"{one.participant}.{one.step} is stuck: {first_line(one.reason or '')}. "
+            f"Once that is put right: {_resume_with(told)}"
+            for one in told.steps
+            if one.is_stuck
+        ),
     ]
 
 
@@ -241,5 +247,6 @@ def _document(told: Story) -> dict[str, Any]:
         ],
         "arrivals": [asdict(one) for one in told.arrivals],
         "dead_letters": [{"id": id, "handler": handler} for id, handler in told.dead_letters],
+        "waits": [asdict(one) for one in told.waits],
         "interventions": [asdict(one) for one in told.interventions],
     }

@@ -95,3 +95,33 @@ def test_show_of_a_saga_nobody_has_heard_of_says_so(shop: Shop) -> None:
 
 def test_an_id_that_is_none_is_a_wrong_call(shop: Shop) -> None:
     assert run(shop, "show", "17").exit_code == 2
+
+
+def being_undone_without_shipping(shop: Shop) -> UUID:
+    saga_id = shop.start("users")
+    while here := [one for one in shop.play.collect() if one.service != "shipping"]:
+        shop.play.deliver(here[0])
+    return saga_id
+
+
+def test_show_says_whom_the_unwinding_waits_for(shop: Shop) -> None:
+    saga_id = being_undone_without_shipping(shop)
+    shown = run(shop, "show", str(saga_id))
+    assert "order.start:order.created is undone once shipping said so" in shown.stdout
+    (wait,) = document(run(shop, "show", str(saga_id), "--json"))["waits"]
+    assert (wait["step"], wait["waits_for"]) == ("start:order.created", ["shipping"])
+
+
+def test_a_participant_that_is_gone_for_good_is_retired_and_holds_up_nothing(shop: Shop) -> None:
+    saga_id = being_undone_without_shipping(shop)
+    known = document(run(shop, "peers", "--json"))
+    mutual = [(one["participant"], one["peer"], one["takes"]) for one in known]
+    assert ("order", "shipping", ["order.created"]) in mutual
+    assert document(run(shop, "retire", "shipping", "--json")) == {
+        "inventory": 0, "order": 1, "users": 0,
+    }  # fmt: skip
+    while here := [one for one in shop.play.collect() if one.service != "shipping"]:
+        shop.play.deliver(here[0])
+    assert shop.states(saga_id)["order"] == "compensated"
+    again = run(shop, "retire", "shipping")
+    assert (again.exit_code, "there is no participant shipping" in again.stderr) == (1, True)
