@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _OPEN = """
 SELECT set_config('lock_timeout', :lock, true),
     set_config('idle_in_transaction_session_timeout', :idle, true),
+    set_config('statement_timeout', :statement, true),
     (SELECT attempts FROM {schema}.pending_delivery
      WHERE handler = :handler AND event_id = :event_id) AS owed,
     EXISTS (SELECT 1 FROM {schema}.dead_letter
@@ -75,6 +76,8 @@ class TransactionLimits:
     idle: timedelta = timedelta(seconds=60)
     """`idle_in_transaction_session_timeout`: the longest a handler may spend between two
     statements; 0 for no limit."""
+    statement: timedelta = timedelta(minutes=5)
+    """`statement_timeout`: the longest that one statement of a handler may take; 0 for no limit."""
     lease: timedelta = timedelta(seconds=60)
     """How long after an attempt was noted it is taken for lost, and the delivery sent again."""
 
@@ -261,6 +264,7 @@ def _open(session: Session, work: Work) -> _Standing:
         {
             "lock": _milliseconds(work.limits.lock),
             "idle": _milliseconds(work.limits.idle),
+            "statement": _milliseconds(work.limits.statement),
             "handler": work.handler.name,
             "event_id": work.envelope.id,
         },
