@@ -39,23 +39,21 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from outbox.attempt import Busy
 from outbox.crash_points import crash_point
 from outbox.service import Delivery
 from saga.context import CurrentSaga, Emission, working_for
-from saga.control import SagaStuck
 from saga.declaration import ExternalStep, Reject
 from saga.errors import Unknown
 from saga.journal import Journal, RunKey, StepState
 from saga.runtime import (
     Runtime,
-    described,
-    known_saga_id_of,
     log,
     reset_stuck,
     saga_id_of,
     shortened,
 )
-from saga.step import Run, finish, park, reject, skip
+from saga.step import Run, finish, reject, skip
 from saga.unwinding import go_on, owe_compensation
 
 _CALLS_AGAIN = (None, StepState.STUCK, StepState.NOT_HAPPENED)
@@ -174,6 +172,8 @@ def finish_call(
         return
     published = _record(step, delivery, key, answer, runtime, session)
     run = Run(saga, key, before, trigger, (delivery.event,))
+    if before is StepState.HAPPENED and not answer.took_effect:
+        raise Busy(f"{key}: a person has said meanwhile that it happened")
     if saga.state.aborted:
         _end_in_an_aborted_saga(runtime, journal, run, answer)
     elif answer.rejection is not None:
@@ -224,30 +224,3 @@ def _end_in_an_aborted_saga(runtime: Runtime, journal: Journal, run: Run, answer
             reason = shortened(rejection.reason or type(rejection.event).__name__)
         journal.record(key, run.before, after, trigger=body, reason=reason)
         go_on(runtime, journal, run.saga, run.trigger)
-
-
-def park_call(
-    runtime: Runtime,
-    step: ExternalStep[..., Any],
-    delivery: Delivery,
-    session: Session,
-    error: BaseException,
-) -> None:
-    """An external step's attempts are used up. With an intent, only a person can say what it came to."""
-    saga_id = known_saga_id_of(delivery)
-    if saga_id is None:
-        return
-    trigger = delivery.envelope
-    journal = runtime.open_journal(session)
-    key = RunKey(saga_id, step.name, trigger.id)
-    saga = journal.lock(saga_id)
-    before = None if saga.new else journal.find(key)
-    to_be_called = before is StepState.NOT_HAPPENED and not saga.state.aborted
-    if before is None or not (before.is_uncertain or to_be_called):
-        park(runtime, journal, step, key, trigger, error)
-        return
-    reason = described(error)
-    journal.record(key, before, StepState.UNRESOLVED, trigger=trigger.body, reason=reason)
-    journal.move(saga, saga.state, stuck=True, reason=saga.reason)
-    stuck = SagaStuck(saga_id, runtime.participant, step.name, type(error).__name__)
-    runtime.publish(journal, stuck, saga_id, trigger)

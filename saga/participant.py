@@ -52,7 +52,7 @@ from saga.declaration import (
     event_types,
     old_names,
 )
-from saga.external import finish_call, park_call, prepare_call
+from saga.external import finish_call, prepare_call
 from saga.join import park_join, run_join
 from saga.runtime import Runtime
 from saga.start import start
@@ -174,7 +174,7 @@ class Participant(Service):
             self._declare(step, compensation_retry)
             if isinstance(step, ExternalStep):
                 prepare = partial(prepare_call, self._runtime, step)
-                self._add_reaction(step, finish_call, park_call, retry, prepare)
+                self._add_reaction(step, finish_call, park_step, retry, prepare)
             else:
                 self._add_reaction(step, run_step, park_step, retry)
             return step

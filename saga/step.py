@@ -27,7 +27,7 @@ from outbox.service import Delivery
 from saga.context import CurrentSaga, Emission, working_for
 from saga.control import SagaAborted, SagaCompleted, SagaStuck
 from saga.declaration import Reaction, Reject, Step
-from saga.errors import SagaDecided
+from saga.errors import SagaDecided, Unknown
 from saga.journal import Journal, RunKey, SagaRow, SagaState, StepState
 from saga.runtime import (
     Runtime,
@@ -59,6 +59,11 @@ def run_step(runtime: Runtime, step: Step[..., Any], delivery: Delivery, session
     key = RunKey(saga_id_of(delivery), step.name, trigger.id)
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    if before is not None and before.is_uncertain:
+        raise Unknown(
+            f"{key} was called while {step} was declared external, and nothing is known of the "
+            f"result: declare it so again ({step.place}), or `saga resolve`"
+        )
     if before not in (None, StepState.STUCK):
         return
     if saga.state.aborted:
@@ -187,6 +192,9 @@ def park(
     """
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    if before is not None and _only_a_person_knows(before, saga):
+        _show_as_stuck(runtime, journal, saga, key, before, StepState.UNRESOLVED, trigger, error)
+        return
     if before not in (None, StepState.STUCK):
         return
     if saga.state.aborted:
@@ -197,7 +205,25 @@ def park(
         journal.record(key, before, StepState.REJECTED, trigger=trigger.body, reason=reason)
         decide_to_abort(runtime, journal, saga, reaction.name, "gave up", trigger)
         return
-    journal.record(key, before, StepState.STUCK, trigger=trigger.body, reason=reason)
+    _show_as_stuck(runtime, journal, saga, key, before, StepState.STUCK, trigger, error)
+
+
+def _only_a_person_knows(before: StepState, saga: SagaRow) -> bool:
+    """Whether a run has called outside (see `saga.external`), so that nobody may take it for empty."""
+    return before.is_uncertain or (before is StepState.NOT_HAPPENED and not saga.state.aborted)
+
+
+def _show_as_stuck(
+    runtime: Runtime,
+    journal: Journal,
+    saga: SagaRow,
+    key: RunKey,
+    before: StepState | None,
+    after: StepState,
+    trigger: Envelope,
+    error: BaseException,
+) -> None:
+    journal.record(key, before, after, trigger=trigger.body, reason=described(error))
     journal.move(saga, saga.state, stuck=True, reason=saga.reason)
-    stuck = SagaStuck(key.saga_id, runtime.participant, reaction.name, type(error).__name__)
+    stuck = SagaStuck(key.saga_id, runtime.participant, key.step, type(error).__name__)
     runtime.publish(journal, stuck, key.saga_id, trigger)

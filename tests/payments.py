@@ -109,6 +109,7 @@ class Payments:
     engine: Engine
     bank: Bank
     has_resolve: bool = True
+    is_external: bool = True
     registry: Registry = field(default_factory=Registry)
 
     def __post_init__(self) -> None:
@@ -192,6 +193,14 @@ class Payments:
             if ordered.is_out_of_stock:
                 raise Reject(OutOfStock(ordered.order))
             return Stocked(ordered.order)
+
+        if not self.is_external:
+
+            @self.payments.step(on=Ordered, emits=Paid, name="charge", nothing_to_undo="a test")
+            def charge_no_more(ordered: Ordered, session: Session) -> Paid:
+                raise AssertionError("called")
+
+            return
 
         @self.payments.step(on=Ordered, emits=Paid, rejects=Declined, external=True)
         def charge(ordered: Ordered) -> Paid:

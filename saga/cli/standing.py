@@ -25,7 +25,7 @@ from outbox.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from saga.standing import SagaStanding, Story
+    from saga.standing import SagaStanding, StepStanding, Story
 
 _STATES: Final = ("running", "completed", "compensating", "compensated")
 
@@ -200,6 +200,12 @@ def _resume_with(told: Story) -> str:
     return f"saga resume {told.sagas[0].saga_id}"
 
 
+def _or_resolve(one: StepStanding) -> str:
+    if one.state != "unresolved":
+        return ""
+    return f"; or say what you know: saga resolve ID {one.participant}.{one.step} (see --help)"
+
+
 def _advice(told: Story) -> list[str]:
     return [
         *(
@@ -208,7 +214,7 @@ def _advice(told: Story) -> list[str]:
         ),
         *(
             f"{one.participant}.{one.step} is stuck: {first_line(one.reason or '')}. "
-            f"Once that is put right: {_resume_with(told)}"
+            f"Once that is put right: {_resume_with(told)}{_or_resolve(one)}"
             for one in told.steps
             if one.is_stuck
         ),

@@ -18,6 +18,7 @@ from outbox.dead_letters import Matching
 from outbox.events import Registry
 from saga import operating
 from saga.cli import main
+from saga.control import SagaCompleted
 from tests.databases import Databases
 from tests.overlapping import StoppingJournal, StoppingParticipant, overlap
 from tests.sagas import Shop, check_whole
@@ -154,6 +155,19 @@ def test_resume_of_a_saga_that_is_not_stuck_does_nothing(shop: Shop) -> None:
     saga_id = shop.start()
     result = run(shop, "resume", saga_id)
     assert (result.exit_code, "nothing of saga" in result.stdout) == (0, True)
+
+
+def test_resume_says_that_two_decisions_are_no_matter_of_trying_again(shop: Shop) -> None:
+    saga_id = shop.start()
+    assert run(shop, "abort", saga_id, "--reason", "gone").exit_code == 0
+    with Session(shop.engine) as session, session.begin():
+        journal = shop.order.journal(session)
+        completed = SagaCompleted(saga_id, "order", "confirm")
+        shop.order._runtime.publish(journal, completed, saga_id, None)
+    shop.play.settle()
+    result = run(shop, "resume", saga_id, "--json")
+    assert result.exit_code == 1
+    assert all(one["by"].startswith("no: ") for one in document(result)["resumed"])
 
 
 # ---- abort ----

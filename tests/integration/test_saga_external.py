@@ -458,6 +458,41 @@ def test_what_is_not_unresolved_cannot_be_resolved_by_a_person(shop: Payments) -
     assert resolve(shop, saga_id, "--did-not-happen", "--event", "{}").exit_code == 2
 
 
+def test_a_person_who_knows_better_than_a_hook_that_is_being_asked_is_believed(
+    shop: Payments,
+) -> None:
+    saga_id = unresolved(shop, is_out_of_stock=True)
+    (row,) = shop.bank._rows("SELECT key FROM charge WHERE key LIKE :id", id=f"{saga_id}/%")
+    event = json.dumps({"order": "o1", "reference": f"ref {row.key}"})
+    command(shop, "resume", saga_id)
+    find = shop.bank.find
+
+    def finds_nothing(key: str) -> None:
+        assert resolve(shop, saga_id, "--happened", "--event", event).exit_code == 0
+
+    shop.bank.find = finds_nothing  # type: ignore[method-assign]
+    due = next(one for one in shop.play.collect() if one.handler == "payments.charge")
+    assert str(shop.play.deliver(due)) == "payments.charge busy"
+    shop.bank.find = find  # type: ignore[method-assign]
+    shop.play.settle()
+    assert shop.check_whole(saga_id) == "compensated"
+    assert shop.bank.charges(saga_id) == [(1, 1)]
+
+
+def test_an_intent_is_not_taken_for_empty_when_its_step_is_no_longer_declared_external(
+    shop: Payments,
+) -> None:
+    saga_id = shop.start()
+    charged_by_a_worker_that_dies(shop, "after charge")
+    newer = Payments(shop.engine, shop.bank, is_external=False)
+    newer.play.settle()
+    assert newer.step(saga_id) == "unresolved"
+    assert newer.states(saga_id)["payments"].endswith(" stuck")
+    told = command(shop, "show", saga_id).stdout
+    assert "declare it so again" in told
+    assert "saga resolve ID payments.charge" in told
+
+
 def test_without_a_hook_an_uncertain_call_is_for_a_person(engines: tuple[Engine, Engine]) -> None:
     shop = Payments(engines[0], Bank(engines[1]), has_resolve=False)
     saga_id = shop.start()
