@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Final
 
-from saga.findings import Finding, error, listed
+from saga.findings import Finding, error, listed, warning
 from saga.flow import Action, Flow, Saga, Way
 
 
@@ -23,25 +23,34 @@ def no_decision(flow: Flow) -> Iterator[Finding]:
 
 
 def undecided_way(flow: Flow) -> Iterator[Finding]:
-    """Where an action has a choice, each answer leads to a decision or to an abort."""
+    """Where an action has a choice, each answer leads to a decision."""
     for saga in flow.sagas:
         decided = [way for way in saga.ways if way.decisions]
         for way in saga.ways if decided else ():
-            if not way.decisions and not _ends_otherwise(way):
-                said = listed(
-                    f"{action} answers with {name}" for action, name in way.chosen.items()
-                )
-                yield error(
-                    "undecided-way",
-                    f"when {said}, nothing completes {saga} or aborts it",
-                    max(way.chosen, key=lambda action: len(way.before[action])).place,
-                )
+            if not way.decisions and not _goes_round(way):
+                yield _undecided(saga, way)
 
 
-def _ends_otherwise(way: Way) -> bool:
-    rejects_later = any(action in way.before[end] for end in way.aborters for action in way.chosen)
-    goes_round = any(action in way.follows(action) for action in way.actions)
-    return rejects_later or goes_round  # circles have a rule of their own
+def _undecided(saga: Saga, way: Way) -> Finding:
+    said = listed(f"{action} answers with {name}" for action, name in way.chosen.items())
+    place = max(way.chosen, key=lambda action: len(way.before[action])).place
+    may_reject = [
+        end for end in way.aborters
+        if end.rejects and any(action in way.before[end] for action in way.chosen)
+    ]  # fmt: skip
+    if may_reject:
+        return warning(
+            "undecided-way",
+            f"when {said}, {saga} ends only if {listed(may_reject)} rejects, which it need not: "
+            "let it go on to a decision otherwise",
+            place,
+        )
+    return error("undecided-way", f"when {said}, nothing completes {saga} or aborts it", place)
+
+
+def _goes_round(way: Way) -> bool:
+    """Circles have a rule of their own."""
+    return any(action in way.follows(action) for action in way.actions)
 
 
 def two_decisions(flow: Flow) -> Iterator[Finding]:
@@ -70,18 +79,21 @@ def abort_after_decision(flow: Flow) -> Iterator[Finding]:
 
 
 def abort_beside_decision(flow: Flow) -> Iterator[Finding]:
-    """Whatever can abort comes before the decision, or is on the participant that decides, where
-    one row lock settles the race."""
+    """Whatever can reject comes before the decision. (What only gives up may be on the participant
+    that decides: there the saga's row lock lets one of the two win, and nobody has said no.)"""
     for saga, way, decision, end in _decisions_and_aborters(flow):
         beside = end not in way.before[decision] and end not in way.follows(decision)
-        if beside and end.participant != decision.participant:
-            said = listed(way.answers(end)) or "an event of it (it emits none)"
-            yield error(
-                "abort-beside-decision",
-                f"{end} can abort while {decision} completes {saga} without waiting for it: let "
-                f"the join wait for {said}",
-                end.place,
-            )
+        here = end.participant == decision.participant
+        if not beside or (here and not end.rejects):
+            continue
+        said = listed(way.answers(end)) or "an event of it (it emits none)"
+        too_late = " (a rejection that comes second is stuck)" if here else ""
+        yield error(
+            "abort-beside-decision",
+            f"{end} can abort while {decision} completes {saga} without waiting for it{too_late}: "
+            f"let the join wait for {said}",
+            end.place,
+        )
 
 
 def _decisions_and_aborters(flow: Flow) -> Iterator[tuple[Saga, Way, Action, Action]]:

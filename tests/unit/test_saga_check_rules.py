@@ -156,9 +156,9 @@ def an_answer_that_leads_nowhere(s: Stage) -> None:
     s.pay.step(on=C, name="note")(anything).compensation(anything)
 
 
-def an_answer_that_leads_to_an_abort(s: Stage) -> None:
+def an_answer_that_may_lead_to_a_rejection_or_nowhere(s: Stage) -> None:
     s.order.starts(A).compensation(anything)
-    s.stock.step(on=A, emits=(B, C), name="take")(anything).compensation(anything)
+    s.stock.step(on=A, emits=(B, C), name="take")(anything).compensation(anything)  # found
     s.order.join(B, completes=True, name="end")(anything)
     s.pay.step(on=C, rejects=No, name="note")(anything).compensation(anything)
 
@@ -201,8 +201,14 @@ def a_rejection_that_the_decision_waits_for(s: Stage) -> None:
 
 
 def a_rejection_beside_the_decision_under_its_lock(s: Stage) -> None:
+    """One of the two wins, but the rejection that comes second would be stuck."""
     whole(s)
-    s.order.step(on=A, rejects=No, name="ask")(anything).compensation(anything)
+    s.order.step(on=A, rejects=No, name="ask")(anything).compensation(anything)  # found
+
+
+def giving_up_beside_the_decision_under_its_lock(s: Stage) -> None:
+    whole(s)
+    s.order.step(on=A, exhausted="abort", name="ask")(anything).compensation(anything)
 
 
 # ---- undoing ----
@@ -250,10 +256,12 @@ BROKEN: list[tuple[str, str, Declare]] = [
     ("branch-not-joined", "warning", a_branch_that_the_decision_does_not_wait_for),
     ("no-decision", "error", a_saga_without_an_end),
     ("undecided-way", "error", an_answer_that_leads_nowhere),
+    ("undecided-way", "warning", an_answer_that_may_lead_to_a_rejection_or_nowhere),
     ("two-decisions", "error", two_participants_that_decide),
     ("abort-after-decision", "error", a_rejection_after_the_decision),
     ("abort-after-decision", "error", giving_up_after_the_decision),
     ("abort-beside-decision", "error", a_rejection_beside_the_decision),
+    ("abort-beside-decision", "error", a_rejection_beside_the_decision_under_its_lock),
     ("no-compensation", "error", a_step_before_a_rejection_without_compensation),
     ("no-compensation", "error", a_start_before_a_rejection_without_compensation),
     ("no-compensation", "warning", a_step_that_only_a_person_can_abort_without_compensation),
@@ -266,10 +274,9 @@ SOUND: list[Declare] = [
     a_subscription_to_a_rejection,
     a_join_of_answers_that_come_together,
     a_branch_after_the_decision,
-    an_answer_that_leads_to_an_abort,
     two_joins_of_one_participant_that_decide,
     a_rejection_that_the_decision_waits_for,
-    a_rejection_beside_the_decision_under_its_lock,
+    giving_up_beside_the_decision_under_its_lock,
     a_step_that_has_nothing_to_undo,
 ]
 
