@@ -1,35 +1,35 @@
 """The envelope: a CloudEvents 1.0 event as JSON, kept as the exact bytes from publish to handler.
 
 The bytes made at publish are stored, relayed and handed over unchanged, so a signature or a hash over them holds.
-`data` stands last and is written once by pydantic; nothing re-encodes it on the way.
+`data` stands last and is written once by pydantic (`outbox.payload`); nothing re-encodes it on the way.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from json.encoder import encode_basestring as quoted
 from typing import Any
 from uuid import UUID
 
-from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, from_json
-
 from outbox.errors import InvalidPayload, MalformedMessage, PayloadTooLarge
-from outbox.events import EventType, brief
+from outbox.events import EventType
 from outbox.ids import new_id
-from outbox.limits import DEFAULT_LIMITS, Limits
+from outbox.limits import DEFAULT_LIMITS, NODES_OF_A_HEAD, Limits
+from outbox.payload import write_payload
 
 _ATTRIBUTE_NAME = re.compile(r"[a-z0-9]{1,20}")
-_RESERVED = {
+_MAX_ATTRIBUTE_LENGTH = 1_000
+_MAX_EXTENSIONS = NODES_OF_A_HEAD // 2
+_MAX_VERSION = 2**31 - 1
+_RESERVED = frozenset({
     "specversion", "id", "source", "type", "time", "datacontenttype", "dataschema", "subject", "eventversion",
     "partitionkey", "correlationid", "causationid", "data", "data_base64",
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Envelope:
     type: str
     version: int
     time: datetime
+    """When it was published, in UTC."""
     data: Any = field(repr=False)
     body: bytes = field(repr=False)
     key: str | None = None
@@ -71,89 +72,131 @@ def encode(
 
     Raises `InvalidPayload` (naming the field) or `PayloadTooLarge`.
     """
-    data = _encode_payload(event_type, payload)
-    event_id = new_id()
-    now = datetime.now(UTC)
+    data = write_payload(event_type, payload)
     key = event_type.key_of(payload)
+    event_id, now = new_id(), datetime.now(UTC)
+    id_text = str(event_id)
+    causation_id = None if caused_by is None else caused_by.id
     if correlation_id is None:
-        correlation_id = str(event_id) if caused_by is None else caused_by.correlation_id
-    attributes: dict[str, str | int] = {
-        "specversion": "1.0",
-        "id": str(event_id),
-        "source": source,
-        "type": event_type.name,
-        "eventversion": event_type.version,
-        "time": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-        "datacontenttype": "application/json",
-    }
-    if key is not None:
-        attributes["partitionkey"] = key
-    if correlation_id is not None:
-        attributes["correlationid"] = correlation_id
-    if caused_by is not None:
-        attributes["causationid"] = str(caused_by.id)
-    extensions = dict(extensions or {})
-    _check_extensions(extensions)
-    attributes.update(extensions)
-    head = json.dumps(attributes, ensure_ascii=False, separators=(",", ":")).encode()
-    body = b'%s,"data":%s}' % (head[:-1], data)
-    _check_limits(event_type, body, limits)
+        correlation_id = id_text
+        if caused_by is not None:
+            correlation_id = caused_by.correlation_id or str(caused_by.id)
+    try:
+        _checked_text("source", source)
+        _checked_text("correlationid", correlation_id)
+        head = (
+            f'{{"specversion":"1.0","id":"{id_text}","source":{quoted(source)},"type":"{event_type.name}",'
+            f'"eventversion":{event_type.version},"time":"{now.isoformat()[:-6]}Z",'
+            f'"datacontenttype":"application/json","correlationid":{quoted(correlation_id)}'
+        )
+        if key is not None:
+            head += f',"partitionkey":{quoted(key)}'
+        if causation_id is not None:
+            head += f',"causationid":"{causation_id}"'
+        if extensions:
+            head += _write_extensions(extensions)
+        body = b'%s,"data":%s}' % (head.encode(), data)
+        if len(body) > limits.size:
+            raise PayloadTooLarge(
+                f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.size:,}; "
+                "publish a reference to the data instead (claim check)"
+            )
+        parsed = limits.of_data.parse(data)
+    except UnicodeEncodeError as error:
+        raise InvalidPayload(
+            f"{event_type} was refused: an attribute holds half a surrogate pair, which is no text"
+        ) from error
+    except (MalformedMessage, ValueError) as error:
+        raise InvalidPayload(f"{event_type} was refused: {error}") from error
     return Envelope(
         id=event_id, source=source, type=event_type.name, version=event_type.version, time=now,
-        data=from_json(data), body=body, key=key, correlation_id=correlation_id,
-        causation_id=None if caused_by is None else caused_by.id, extensions=extensions,
+        data=parsed, body=body, key=key, correlation_id=correlation_id, causation_id=causation_id,
+        extensions=dict(extensions or {}),
     )  # fmt: skip
 
 
 def decode(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Envelope:
     """Read an envelope from its bytes. Raises `MalformedMessage` saying what is wrong with it."""
-    limits.check(body)
-    try:
-        raw = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise MalformedMessage(f"the message is no JSON: {error}") from error
+    raw = limits.parse(body)
     if not isinstance(raw, dict):
         raise MalformedMessage(
             f"the message is a JSON {type(raw).__name__}, not a CloudEvents object"
         )
     if raw.get("specversion") != "1.0":
         raise MalformedMessage(
-            f"specversion is {raw.get('specversion')!r}; this release reads CloudEvents 1.0"
+            f"specversion is {_shown(raw.get('specversion'))}; this release reads CloudEvents 1.0"
         )
     if "data" not in raw:
         raise MalformedMessage("the envelope has no data")
     try:
-        version = raw.get("eventversion", 1)
-        if type(version) is not int or version < 1:
-            raise ValueError(f"eventversion is {version!r}")
         causation = _optional_text(raw, "causationid")
         return Envelope(
-            id=UUID(_text(raw, "id")),
+            id=_uuid("id", _text(raw, "id")),
             source=_text(raw, "source"),
             type=_text(raw, "type"),
-            version=version,
+            version=_version(raw),
             time=_time(raw),
             data=raw["data"],
             body=body,
             key=_optional_text(raw, "partitionkey"),
             correlation_id=_optional_text(raw, "correlationid"),
-            causation_id=None if causation is None else UUID(causation),
-            extensions={
-                name: value
-                for name, value in raw.items()
-                if name not in _RESERVED
-                and isinstance(value, str | int)
-                and not isinstance(value, bool)
-            },
+            causation_id=None if causation is None else _uuid("causationid", causation),
+            extensions=_read_extensions(raw),
         )
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise MalformedMessage(f"the envelope is not valid: {error}") from error
 
 
+def _write_extensions(extensions: Mapping[str, str | int]) -> str:
+    if len(extensions) > _MAX_EXTENSIONS:
+        raise ValueError(f"it has {len(extensions)} extensions; {_MAX_EXTENSIONS} are possible")
+    written = ""
+    for name, value in extensions.items():
+        if not _ATTRIBUTE_NAME.fullmatch(name) or name in _RESERVED:
+            raise ValueError(
+                f"extension {name!r} is no free CloudEvents attribute name: lower-case "
+                "letters and digits, 20 at most, and none of the standard ones"
+            )
+        if value == "":
+            written += f',"{name}":""'
+        elif isinstance(value, str):
+            written += f',"{name}":{quoted(_checked_text(name, value))}'
+        elif isinstance(value, bool):
+            written += f',"{name}":{"true" if value else "false"}'
+        elif isinstance(value, int) and -(2**31) <= value < 2**31:
+            written += f',"{name}":{int(value)}'
+        else:
+            raise ValueError(
+                f"extension {name!r} is {_shown(value)}; CloudEvents attributes are texts, "
+                "integers of 32 bits or booleans"
+            )
+    return written
+
+
+def _read_extensions(raw: Mapping[str, Any]) -> dict[str, str | int]:
+    extensions: dict[str, str | int] = {}
+    for name in raw.keys() - _RESERVED:
+        value = raw[name]
+        if isinstance(value, str | int):
+            extensions[name] = value
+        elif value is not None:
+            raise ValueError(
+                f"extension {_shown(name)} is {_shown(value)}, neither text nor integer nor boolean"
+            )
+    return extensions
+
+
 def _text(raw: Mapping[str, Any], name: str) -> str:
-    value = raw.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is {value!r}, not a text")
+    return _checked_text(name, raw.get(name))
+
+
+def _checked_text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ATTRIBUTE_LENGTH:
+        raise ValueError(
+            f"{name} is {_shown(value)}, not a text of 1 to {_MAX_ATTRIBUTE_LENGTH:,} characters"
+        )
+    if "\x00" in value:
+        raise ValueError(f"{name} holds a NUL character, which PostgreSQL cannot store")
     return value
 
 
@@ -161,72 +204,36 @@ def _optional_text(raw: Mapping[str, Any], name: str) -> str | None:
     return None if raw.get(name) is None else _text(raw, name)
 
 
+def _uuid(name: str, value: str) -> UUID:
+    try:
+        return UUID(value)
+    except ValueError:
+        raise ValueError(f"{name} is {_shown(value)}, not a UUID") from None
+
+
+def _version(raw: Mapping[str, Any]) -> int:
+    version = raw.get("eventversion", 1)
+    if type(version) is not int or not 0 < version <= _MAX_VERSION:
+        raise ValueError(f"eventversion is {_shown(version)}, not an integer from 1 on")
+    return version
+
+
 def _time(raw: Mapping[str, Any]) -> datetime:
-    value = datetime.fromisoformat(_text(raw, "time"))
-    if value.tzinfo is None:
-        raise ValueError(f"time {raw['time']!r} has no zone")
-    return value
-
-
-def _encode_payload(event_type: EventType, payload: object) -> bytes:
-    adapter = event_type.adapter
+    text = _text(raw, "time")
     try:
-        _refuse_unstorable(adapter.dump_python(payload, warnings=False), "", event_type)
-        data = adapter.dump_json(payload, warnings="error")
-        # What cannot be read back would stop every consumer: find it here, before the commit.
-        adapter.validate_json(data)
-    except ValidationError as error:
-        raise InvalidPayload(f"{event_type} was refused: {brief(error)}") from error
-    except PydanticSerializationError as error:
-        raise InvalidPayload(f"{event_type} was refused: {error}") from error
-    return data
-
-
-def _refuse_unstorable(value: Any, path: str, event_type: EventType) -> None:
-    if isinstance(value, str):
-        if "\x00" in value:
-            raise InvalidPayload(
-                f"{event_type} was refused: {path} holds a NUL character, which PostgreSQL cannot store"
-            )
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise InvalidPayload(
-                f"{event_type} was refused: {path} holds half a surrogate pair, which is no text"
-            )
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise InvalidPayload(
-                f"{event_type} was refused: {path} is {value}, which JSON cannot say"
-            )
-    elif isinstance(value, datetime):
+        value = datetime.fromisoformat(text)
         if value.tzinfo is None:
-            raise InvalidPayload(
-                f"{event_type} was refused: {path} is a time without a zone; use an aware datetime"
-            )
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_unstorable(name, f"{path}.{name}" if path else str(name), event_type)
-            _refuse_unstorable(item, f"{path}.{name}" if path else str(name), event_type)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for index, item in enumerate(value):
-            _refuse_unstorable(item, f"{path}[{index}]", event_type)
+            raise ValueError("it has no zone")
+        return value.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"time is {_shown(text)}: {error}") from None
 
 
-def _check_extensions(extensions: Mapping[str, str | int]) -> None:
-    for name in extensions:
-        if not _ATTRIBUTE_NAME.fullmatch(name) or name in _RESERVED:
-            raise InvalidPayload(
-                f"extension {name!r} is no free CloudEvents attribute name: lower-case letters and digits, "
-                "20 at most, and none of the standard ones"
-            )
-
-
-def _check_limits(event_type: EventType, body: bytes, limits: Limits) -> None:
-    if len(body) > limits.size:
-        raise PayloadTooLarge(
-            f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.size:,}; "
-            "publish a reference to the data instead (claim check)"
-        )
-    try:
-        limits.check(body)
-    except MalformedMessage as error:
-        raise InvalidPayload(f"{event_type} was refused: {error}") from error
+def _shown(value: object) -> str:
+    """*value* for an error text, which must not grow with what a stranger sent."""
+    if isinstance(value, str):
+        value = value[:100]
+    elif not isinstance(value, int | float | bool | None):
+        return f"a {type(value).__name__}"
+    shown = repr(value)
+    return shown if len(shown) <= 120 else f"{shown[:120]}…"

@@ -13,12 +13,22 @@ A registry answers two questions: which type is this object (publishing), and wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any, TypeVar
+from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import (
+    PydanticSchemaGenerationError,
+    PydanticUndefinedAnnotation,
+    PydanticUserError,
+)
+from pydantic_core import to_json
 
 from outbox.errors import (
     ConfigurationError,
@@ -50,17 +60,48 @@ class EventType:
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        return TypeAdapter(self.payload_class)
+        """What reads and writes payloads. Raises `ConfigurationError` for a class that pydantic cannot use."""
+        try:
+            return TypeAdapter(self.payload_class)
+        except (
+            PydanticSchemaGenerationError,
+            PydanticUndefinedAnnotation,
+            PydanticUserError,
+        ) as error:
+            raise ConfigurationError(
+                f"{_where(self.payload_class)} cannot be the payload of an event, as pydantic can neither read nor "
+                f"write it: {str(error).splitlines()[0]}"
+            ) from error
+
+    @cached_property
+    def by_alias(self) -> bool:
+        """Whether fields are written under their aliases: as they are read, unless the class says otherwise."""
+        written = _config(self.payload_class).get("serialize_by_alias")
+        return True if written is None else bool(written)
+
+    @cached_property
+    def hides_times(self) -> bool:
+        """Whether some class in it writes times as numbers, so that the bytes do not show a missing zone."""
+        return "ser_json_temporal" in repr(self.adapter.core_schema)
 
     def key_of(self, payload: object) -> str | None:
-        """The ordering key of *payload* as text. Raises `InvalidPayload` if it is empty, too long, or has a NUL."""
+        """The ordering key of *payload* as text.
+
+        Raises `InvalidPayload` if it is none, empty, too long, no text, or of a type without a text of its own.
+        """
         if self.key is None:
             return None
-        value = getattr(payload, self.key) if isinstance(self.key, str) else self.key(payload)
-        text = "" if value is None else str(value)
-        if not 0 < len(text) <= _MAX_KEY_LENGTH or "\x00" in text:
+        try:
+            value = getattr(payload, self.key) if isinstance(self.key, str) else self.key(payload)
+        except Exception as error:
+            raise InvalidPayload(f"{self}: its key could not be taken: {error!r}") from error
+        if type(value) is UUID or type(value) is int:
+            return str(value)
+        text = _key_text(value)
+        if not 0 < len(text) <= _MAX_KEY_LENGTH or "\x00" in text or not _is_unicode(text):
             raise InvalidPayload(
-                f"{self}: the key {self.key!r} is {text[:40]!r}; it must have 1 to {_MAX_KEY_LENGTH} characters, no NUL"
+                f"{self}: the key {self.key!r} is {value!r:.60}; it must be text, an integer, a UUID, an Enum of them "
+                f"or of a class with __str__, have 1 to {_MAX_KEY_LENGTH} characters, no NUL and no half surrogate pair"
             )
         return text
 
@@ -96,6 +137,7 @@ class Registry:
         return register
 
     def add(self, event_type: EventType) -> None:
+        """Register a type made by hand. Raises `ConfigurationError`, as `event` does."""
         _check_declaration(event_type)
         taken = self._by_name.get(event_type.name, {}).get(event_type.version)
         cls = event_type.payload_class
@@ -103,6 +145,15 @@ class Registry:
             raise ConfigurationError(
                 f"event type {event_type} is declared twice: by {_where(taken.payload_class)} and by {_where(cls)}; "
                 "give one of them another name or another version"
+            )
+        other = self._by_class.get(cls)
+        if other is not None and (other.name, other.version) != (
+            event_type.name,
+            event_type.version,
+        ):
+            raise ConfigurationError(
+                f"{_where(cls)} is declared as {other} and as {event_type}: publishing could not tell which is meant; "
+                "use a class for each"
             )
         self._by_class[cls] = event_type
         self._by_name.setdefault(event_type.name, {})[event_type.version] = event_type
@@ -112,6 +163,11 @@ class Registry:
 
         It takes and returns the payload as a dict, and is applied before validation; steps chain.
         """
+
+        if from_version < 1:
+            raise ConfigurationError(
+                f"upcaster of {name}: from_version is {from_version}; versions start at 1"
+            )
 
         def register(step: Upcaster) -> Upcaster:
             if (name, from_version) in self._upcasters:
@@ -125,6 +181,15 @@ class Registry:
 
     def of(self, payload: object) -> EventType:
         """The event type of a payload object. Raises `UnregisteredEvent`."""
+        found = self._by_class.get(type(payload))
+        if found is not None:
+            return found
+        if isinstance(payload, type):
+            raise UnregisteredEvent(f"{_where(payload)} is a class: publish an instance of it")
+        if isinstance(payload, list | tuple | set):
+            raise UnregisteredEvent(
+                f"a {type(payload).__name__} is no event: use publish_all for many"
+            )
         return self.of_class(type(payload))
 
     def of_class(self, payload_class: type[Any]) -> EventType:
@@ -155,6 +220,8 @@ class Registry:
                 f"event type {name!r} is not known here; known are: {', '.join(self.names()) or 'none'}"
             )
         at = version
+        if (name, at) in self._upcasters:
+            data = deepcopy(data)  # the envelope's own stays as it came
         while (name, at) in self._upcasters:
             data = self._apply_upcaster(name, at, data)
             at += 1
@@ -166,19 +233,28 @@ class Registry:
             )
         try:
             # Through JSON: a strict model takes text for a date from JSON, but not from Python.
-            return event_type.adapter.validate_json(_to_json(data))
+            return event_type.adapter.validate_json(to_json(data))
+        except ConfigurationError:
+            raise
         except ValidationError as error:
             raise MalformedMessage(
                 f"event {event_type} does not fit {_where(event_type.payload_class)}: {brief(error)}"
             ) from error
+        except Exception as error:  # from a validator of the class
+            raise MalformedMessage(
+                f"event {event_type} does not fit {_where(event_type.payload_class)}: "
+                f"{type(error).__name__} in its validation"
+            ) from error
 
     def _apply_upcaster(self, name: str, version: int, data: Any) -> Any:
         try:
-            return self._upcasters[name, version](data)
+            raised = self._upcasters[name, version](data)
+            to_json(raised)
         except Exception as error:
             raise MalformedMessage(
                 f"the upcaster of {name} v{version} failed: {error!r}"
             ) from error
+        return raised
 
     def upcasts_from(self, name: str, version: int) -> bool:
         """Whether an upcaster leads on from *version* of event type *name*."""
@@ -192,12 +268,6 @@ class Registry:
             yield from versions.values()
 
 
-def _to_json(data: Any) -> bytes:
-    from pydantic_core import to_json
-
-    return to_json(data)
-
-
 def _check_declaration(event_type: EventType) -> None:
     name, where = event_type.name, _where(event_type.payload_class)
     if not _TYPE_NAME.fullmatch(name) or len(name) > _MAX_TYPE_LENGTH:
@@ -209,32 +279,54 @@ def _check_declaration(event_type: EventType) -> None:
         raise ConfigurationError(f"{where}: version is {event_type.version}; versions start at 1")
     if event_type.ordered and event_type.key is None:
         raise ConfigurationError(f"{where}: ordered=True needs key=...: order is kept per key")
-    key = event_type.key
-    fields: Mapping[str, Any] = (
-        getattr(event_type.payload_class, "model_fields", None)
-        or getattr(event_type.payload_class, "__dataclass_fields__", None)
-        or {}
-    )
-    if (
-        not fields
-        and not hasattr(event_type.payload_class, "__dataclass_fields__")
-        and not hasattr(event_type.payload_class, "model_fields")
-    ):
+    cls, key = event_type.payload_class, event_type.key
+    fields = getattr(cls, "model_fields", None)
+    if fields is None and is_dataclass(cls):
+        fields = cls.__dataclass_fields__
+    if fields is None:
         raise ConfigurationError(
             f"{where} is neither a pydantic model nor a dataclass (put @event above @dataclass)"
         )
-    if isinstance(key, str) and key not in fields and not hasattr(event_type.payload_class, key):
+    if isinstance(key, str) and key not in fields and not hasattr(cls, key):
         raise ConfigurationError(
             f"{where}: key={key!r} names no field; fields are: {', '.join(fields)}"
         )
+    try:
+        _ = event_type.adapter
+    except ConfigurationError as error:
+        # A name that is defined further down in the module: asked again at first use.
+        if not isinstance(error.__cause__, NameError):
+            raise
+
+
+def _key_text(value: object) -> str:
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, str | int):
+        return str(value)
+    # What has no text of its own would give that of `repr`: an address in memory, an order of a set.
+    is_telling = type(value).__str__ is not object.__str__ and not isinstance(value, bytes)
+    return str(value) if is_telling and value is not None else ""
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _config(cls: type[Any]) -> dict[str, Any]:
+    return getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", None) or {}
 
 
 def _same_class(one: type[Any], other: type[Any]) -> bool:
     # A module imported twice (under pytest, or as __main__ and by name) declares the same class again.
-    return one is other or (one.__module__, one.__qualname__) == (
-        other.__module__,
-        other.__qualname__,
+    return one is other or (
+        one.__qualname__ == other.__qualname__
+        and (one.__module__ == other.__module__ or _file(one) == _file(other) is not None)
     )
+
+
+def _file(cls: type[Any]) -> str | None:
+    return getattr(sys.modules.get(cls.__module__), "__file__", None)
 
 
 def _where(cls: type[Any]) -> str:

@@ -21,7 +21,13 @@ else:
 
 
 def created_at(event_id: UUID) -> datetime | None:
-    """The time inside a UUIDv7 (millisecond precision, UTC); None for a UUID of another version."""
+    """The time inside a UUIDv7 (millisecond precision, UTC).
+
+    None for a UUID of another version, and for a time after the year 9999: ids come from outside.
+    """
     if event_id.version != 7:
         return None
-    return datetime.fromtimestamp((event_id.int >> 80) / 1000, tz=UTC)
+    try:
+        return datetime.fromtimestamp((event_id.int >> 80) / 1000, tz=UTC)
+    except (ValueError, OverflowError):
+        return None
