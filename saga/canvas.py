@@ -55,6 +55,8 @@ def title(action: Action) -> str:
     name = action.name.removeprefix("start:")
     if action.completes:
         return f"{name} (join, completes)"
+    if action.external:
+        return f"{name} (external)"
     return f"{name} (join)" if action.kind == "join" else name
 
 

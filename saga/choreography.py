@@ -96,6 +96,10 @@ class StepSpec:
     """What becomes of the saga when the step's attempts are used up."""
     was: tuple[str, ...] = ()
     """Names that it had before."""
+    external: bool = False
+    """Whether it acts outside of the database."""
+    resolves: bool = False
+    """Whether an external step can find out what came of a call without a result."""
 
 
 @dataclass(frozen=True)

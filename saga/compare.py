@@ -44,6 +44,7 @@ def _reactions(old: Contract, new: Contract) -> Iterator[Finding]:
         yield from _alias_dropped(before, after)
         yield from _trigger(before, after)
         yield from _answers(before, after)
+        yield from _calling(before, after)
         yield from _undoing(before, after, _name(after))
         yield from _aborting(before, after)
         if _completes(before) != _completes(after):
@@ -175,6 +176,24 @@ def _answers(before: Reaction, after: Reaction) -> Iterator[Finding]:
                 "(or their upcasters) first",
                 after.place,
             )
+
+
+def _calling(before: Reaction, after: Reaction) -> Iterator[Finding]:
+    if not isinstance(before, StepSpec) or not isinstance(after, StepSpec):
+        return
+    if before.external and not after.external:
+        yield error(
+            "external-changed",
+            f"{_name(after)} is external no more: a call whose result is not written down yet would "
+            "never be resolved, and its saga never end; give the new step another name",
+            after.place,
+        )
+    elif before.resolves and not after.resolves:
+        yield warning(
+            "external-changed",
+            f"{_name(after)} has no resolve hook any more: calls without a result wait for a person",
+            after.place,
+        )
 
 
 def _aborting(before: Reaction, after: Reaction) -> Iterator[Finding]:

@@ -41,6 +41,8 @@ class Action:
     compensation: Place | None = None
     nothing_to_undo: str | None = None
     exhausted: Exhausted = "stuck"
+    external: bool = False
+    resolves: bool = False
 
     @property
     def can_abort(self) -> bool:
@@ -251,6 +253,7 @@ def _actions(contract: Contract) -> Iterator[Action]:
             kind="step", participant=spec.name, name=step.name, on=(step.on,), emits=step.emits,
             rejects=step.rejects, place=step.place, compensation=step.compensation,
             nothing_to_undo=step.nothing_to_undo, exhausted=step.exhausted,
+            external=step.external, resolves=step.resolves,
         )  # fmt: skip
     for join in spec.joins:
         yield Action(

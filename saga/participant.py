@@ -443,7 +443,8 @@ def _step_spec(one: Step[..., Any]) -> StepSpec:
     (on,) = _refs(one.on)
     return StepSpec(
         one.owner.participant, one.name, on, _refs(one.emits), _refs(one.rejects), one.place,
-        one.undo_place, one.nothing_to_undo, one.exhausted, one.was,
+        one.undo_place, one.nothing_to_undo, one.exhausted, one.was, one.is_external,
+        one.resolver is not None,
     )  # fmt: skip
 
 

@@ -50,4 +50,16 @@ def _dangers(way: Way, action: Action) -> list[Action]:
     ]  # fmt: skip
 
 
-RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (no_compensation,)
+def uncertain_call(flow: Flow) -> Iterator[Finding]:
+    """What came of a call outside that was cut off can be found out without a person."""
+    for action in flow.actions:
+        if action.external and not action.resolves:
+            yield warning(
+                "uncertain-call",
+                f"{action} acts outside and has no resolve hook: a call whose answer is lost waits "
+                "for a person (saga resolve), and its saga with it",
+                action.place,
+            )
+
+
+RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (no_compensation, uncertain_call)

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
+from outbox import quarantine
 from outbox.events import Registry
 from outbox.service import RetryPolicy
 from saga import Participant, Reject
@@ -338,6 +339,26 @@ def test_a_removed_step_that_must_be_undone_waits_visibly_and_is_undone_when_it_
     whole(third, saga_id, "compensated")
     assert log.lines.count("unpacked") == 1
     assert not third.row(saga_id, "work").stuck
+
+
+def test_an_event_for_a_removed_step_is_kept_until_the_step_is_back(
+    engine: Engine, log: Log
+) -> None:
+    first = Deployed(log, engine, pack)
+    saga_id = first.start()
+    second = Deployed(log, engine, nothing, known=first.play)
+    second.play.settle()
+    assert second.states(saga_id)["order"] == "running"
+    third = Deployed(log, engine, pack, known=second.play)
+    with Session(engine) as session, session.begin():
+        (kept,) = [
+            one
+            for one in quarantine.list_messages(session)
+            if saga_id.hex in one.body.decode().replace("-", "")
+        ]
+        assert "no handler of service work takes 'shop.placed'" in kept.reason
+        quarantine.redrive(session, kept.id)
+    whole(third, saga_id, "completed")
 
 
 def test_a_removed_step_that_was_undone_by_hand_lets_the_saga_end(engine: Engine, log: Log) -> None:

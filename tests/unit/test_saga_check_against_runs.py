@@ -21,7 +21,7 @@ from saga.flow import Action, Flow
 EVENTS = [EventRef(f"t.{letter}", 1) for letter in "abcde"]
 NO = EventRef("t.no", 1)
 PARTICIPANTS = ("order", "stock", "pay")
-CHOREOGRAPHIES = 600
+CHOREOGRAPHIES = 800
 ABOUT_RUNS = {
     "no-decision", "undecided-way", "two-decisions", "abort-after-decision",
     "abort-beside-decision", "no-compensation", "join-never-fires",
@@ -41,8 +41,8 @@ def choreography(random: Random) -> list[Contract]:
         emits = tuple(random.sample(later, min(len(later), random.choice([0, 1, 1, 1, 2]))))
         participant = random.choice(PARTICIPANTS)
         place = Place("random", number)
-        rejects = (NO,) if random.random() < 0.25 else ()
-        undone = place if random.random() < 0.75 else None
+        rejects = (NO,) if random.random() < 0.4 else ()
+        undone = place if random.random() < 0.6 else None
         if is_join:
             joins.append(
                 JoinSpec(
@@ -162,7 +162,7 @@ def test_what_passes_the_check_ends_completed_or_undone_in_every_run(seed: int) 
         else:
             passed += 1
             assert not found, (found, [contract.participant for contract in contracts])
-    assert passed > 3
+    assert passed
     assert faulty > 20
 
 

@@ -239,6 +239,22 @@ def a_step_that_has_nothing_to_undo(s: Stage) -> None:
     s.order.join(B, completes=True, name="end")(anything)
 
 
+def a_call_that_nobody_can_ask_about(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, external=True, name="take")(anything).compensation(  # found
+        anything
+    )
+    s.order.join(B, completes=True, name="end")(anything)
+
+
+def a_call_that_can_be_asked_about(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    step = s.stock.step(on=A, emits=B, external=True, name="take")(anything)
+    step.compensation(anything)
+    step.resolve(anything)
+    s.order.join(B, completes=True, name="end")(anything)
+
+
 BROKEN: list[tuple[str, str, Declare]] = [
     ("same-name", "error", two_services_of_one_name),
     ("unheard-event", "error", an_event_that_nobody_takes),
@@ -264,9 +280,11 @@ BROKEN: list[tuple[str, str, Declare]] = [
     ("abort-beside-decision", "error", a_rejection_beside_the_decision_under_its_lock),
     ("no-compensation", "error", a_step_before_a_rejection_without_compensation),
     ("no-compensation", "error", a_start_before_a_rejection_without_compensation),
+    ("uncertain-call", "warning", a_call_that_nobody_can_ask_about),
     ("no-compensation", "warning", a_step_that_only_a_person_can_abort_without_compensation),
 ]
 SOUND: list[Declare] = [
+    a_call_that_can_be_asked_about,
     whole,
     two_services_of_two_names,
     an_event_that_a_subscriber_takes,

@@ -200,6 +200,34 @@ def test_an_alias_that_goes_is_said(tmp_path: Path) -> None:
     assert ("alias-dropped", "warning") in {(one.rule, one.severity) for one in findings}
 
 
+def external(*, resolves: bool) -> Declare:
+    def declare(s: Stage) -> None:
+        step = s.stock.step(on=A, emits=B, name="take", external=True)(anything)  # found
+        step.compensation(anything)
+        if resolves:
+            step.resolve(anything)
+
+    return declare
+
+
+def not_external(s: Stage) -> None:
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)  # found
+
+
+@pytest.mark.parametrize(
+    ("after", "severity"),
+    [(not_external, "error"), (external(resolves=False), "warning")],
+    ids=["not_external", "no_hook"],
+)
+def test_calls_that_are_under_way_stay_resolvable(
+    after: Declare, severity: str, tmp_path: Path
+) -> None:
+    (one,) = differences(tmp_path, after, external(resolves=True))
+    assert (one.rule, one.severity) == ("external-changed", severity)
+    assert "# found" in source_of(one)
+    assert differences(tmp_path, external(resolves=True), not_external) == []
+
+
 # ---- versions of an event ----
 
 
