@@ -20,74 +20,21 @@ Who did what, and why, is kept in `saga_intervention` in the same commit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from outbox import dead_letters, inbox, pending, quarantine
-from outbox.dead_letters import Matching
-from outbox.envelope import decode
-from outbox.events import Registry
 from outbox.sql import DEFAULT_SCHEMA
-from outbox.statements import statement
-from saga.control import CompensationDue, register_control_events
+from saga.case import Case, Operator, Resumed, owes
 from saga.errors import Refused
 from saga.journal import RunKey, SagaRow, SagaState, StepState
-from saga.runtime import Runtime, reset_stuck, shortened
+from saga.runtime import reset_stuck, shortened
 from saga.step import decide_to_abort
-from saga.store import SqlJournal
 from saga.unwinding import count_as_undone, go_on
 
-_LOCK: Final = """
-SELECT participant, definition, decides, state, stuck, reason FROM {schema}.saga
-WHERE saga_id = :saga_id AND (CAST(:participant AS text) IS NULL OR participant = :participant)
-ORDER BY participant FOR UPDATE
-"""
-_RUNS: Final = """
-SELECT participant, step, trigger_id, state, trigger FROM {schema}.saga_step
-WHERE saga_id = :saga_id AND (CAST(:participant AS text) IS NULL OR participant = :participant)
-ORDER BY ordinal
-"""
-_RECORD: Final = """
-INSERT INTO {schema}.saga_intervention
-    (saga_id, participant, verb, step, trigger_id, operator, reason, event)
-VALUES (:saga_id, :participant, :verb, :step, :trigger_id, :operator, :reason, :event)
-"""
-# An event of a saga has the saga's id in it; what is owed to a compensation, its run's trigger too.
-_ABOUT: Final = """
-handler = :handler AND position(CAST(:saga AS bytea) IN body) > 0
-    AND (CAST(:trigger AS bytea) IS NULL OR position(CAST(:trigger AS bytea) IN body) > 0)
-"""
-_LETTERS: Final = f"SELECT id FROM {{schema}}.dead_letter WHERE {_ABOUT} ORDER BY id"  # noqa: S608
-_OWED: Final = f"SELECT event_id FROM {{schema}}.pending_delivery WHERE {_ABOUT}"  # noqa: S608
-_QUARANTINED: Final = """
-SELECT id FROM {schema}.quarantine WHERE service = :participant
-    AND position(CAST(:saga AS bytea) IN body) > 0
-    AND position(CAST(:trigger AS bytea) IN body) > 0 ORDER BY id
-"""
-
-
-@dataclass(frozen=True)
-class Operator:
-    """Who acts, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """One stuck run, and what was done about it."""
-
-    participant: str
-    step: str
-    state: str
-    by: str
-    """"dead letter 5", "quarantined message 7", "the journal", "under way already", or why not."""
-    goes_on: bool = True
+__all__ = ["Operator", "Resumed", "abort", "resolve", "resume", "skip_compensation"]
 
 
 def resume(
@@ -102,11 +49,11 @@ def resume(
 
     Empty where nothing is stuck. Raises `Refused` where nobody here has heard of the saga.
     """
-    here = _Here(session, saga_id, schema)
-    here.lock(participant)
-    resumed = [here.give_back(run) for run in here.runs(participant) if _is_stuck(run)]
+    case = Case(session, saga_id, schema)
+    case.lock(participant)
+    resumed = [case.give_back(run) for run in case.runs(participant) if _is_stuck(run)]
     for one in resumed:
-        here.record(one.participant, "resume", operator, step=one.step)
+        case.record(one.participant, "resume", operator, step=one.step)
     return resumed
 
 
@@ -125,8 +72,8 @@ def abort(
     elsewhere, where it may meet a completion; the participants then differ and a person has to
     settle it. Raises `Refused`, with the reason.
     """
-    here = _Here(session, saga_id, schema)
-    rows = here.lock(participant)
+    case = Case(session, saga_id, schema)
+    rows = case.lock(participant)
     row = next((row for row in rows if row.decides), rows[0])
     state = SagaState(row.state)
     if state is not SagaState.RUNNING:
@@ -137,8 +84,8 @@ def abort(
             "this moment, and be completed and aborted. Abort it where its completing join is; "
             "--force if it has none, or if you know that this join can never fire"
         )
-    runtime = here.runtime(row.participant)
-    here.record(row.participant, "abort", operator)
+    runtime = case.runtime(row.participant)
+    case.record(row.participant, "abort", operator)
     decide_to_abort(
         runtime,
         runtime.open_journal(session),
@@ -165,16 +112,16 @@ def skip_compensation(
     *step* is its name, or `participant.step`. Raises `Refused`, with the reason: no such run, none
     that owes a compensation, or more than one (give *trigger_id*).
     """
-    here = _Here(session, saga_id, schema)
-    run = here.the_run(step, participant, trigger_id, _owes, "owes a compensation")
+    case = Case(session, saga_id, schema)
+    run = case.the_run(step, participant, trigger_id, owes, "owes a compensation")
     key = RunKey(saga_id, run.step, run.trigger_id)
     reason = f"skipped by {operator.name}: {operator.reason}"
-    if not count_as_undone(here.runtime(run.participant), session, key, shortened(reason)):
+    if not count_as_undone(case.runtime(run.participant), session, key, shortened(reason)):
         raise Refused(f"{key} was compensated meanwhile; nothing was skipped")
-    here.record(
+    case.record(
         run.participant, "skip-compensation", operator, step=step, trigger_id=key.trigger_id
     )
-    here.withdraw(run, reason)
+    case.withdraw(run, reason)
     return key
 
 
@@ -198,183 +145,27 @@ def resolve(
     """
     if event is not None:
         _check_json(event)
-    here = _Here(session, saga_id, schema)
-    rows = {row.participant: row for row in here.lock(participant)}
-    run = here.the_run(step, participant, trigger_id, _is_unresolved, "is unresolved")
+    case = Case(session, saga_id, schema)
+    rows = {row.participant: row for row in case.lock(participant)}
+    run = case.the_run(step, participant, trigger_id, _is_unresolved, "is unresolved")
     row = rows[run.participant]
-    runtime = here.runtime(run.participant)
+    runtime = case.runtime(run.participant)
     journal = runtime.open_journal(session)
     saga = SagaRow(saga_id, SagaState(row.state), row.stuck, row.reason)
     key = RunKey(saga_id, run.step, run.trigger_id)
     after = StepState.HAPPENED if happened else StepState.NOT_HAPPENED
     reason = f"said by {operator.name}: {operator.reason}"
     journal.advance(key, StepState.UNRESOLVED, after, reason=shortened(reason))
-    here.record(
+    case.record(
         run.participant, "resolve", operator, step=key.step, trigger_id=key.trigger_id, event=event
     )
     if saga.state.aborted and not happened:
         go_on(runtime, journal, saga, None)
-        here.withdraw(run, reason)
+        case.withdraw(run, reason)
     else:
         reset_stuck(journal, saga)
-        here.give_back(run)
+        case.give_back(run)
     return key
-
-
-def runtime_without_code(participant: str, schema: str) -> Runtime:
-    """A participant's runtime that knows no declaration: control events are all that it can read."""
-    registry = Registry()
-    register_control_events(registry)
-    return Runtime(
-        participant, registry, {}, lambda session: SqlJournal(session, participant, schema)
-    )
-
-
-class _Here:
-    """One saga, as the participants in one schema have it."""
-
-    def __init__(self, session: Session, saga_id: UUID, schema: str) -> None:
-        self.session = session
-        self.saga_id = saga_id
-        self.schema = schema
-
-    def lock(self, participant: str | None) -> Sequence[Any]:
-        rows = self._rows(_LOCK, participant=participant)
-        if not rows:
-            whose = f" of participant {participant}" if participant else ""
-            raise Refused(
-                f"schema {self.schema!r}{whose} has never heard of saga {self.saga_id}, or has "
-                "forgotten it: ask the database of a participant that shows it (saga show)"
-            )
-        return rows
-
-    def runs(self, participant: str | None) -> Sequence[Any]:
-        return self._rows(_RUNS, participant=participant)
-
-    def the_run(
-        self,
-        step: str,
-        participant: str | None,
-        trigger_id: UUID | None,
-        is_meant: Callable[[Any], bool],
-        what: str,
-    ) -> Any:
-        """The one run of *step* that *is_meant*. Raises `Refused`, saying what there is."""
-        runs = self.runs(participant)
-        named = [
-            run
-            for run in runs
-            if step in (run.step, f"{run.participant}.{run.step}")
-            and trigger_id in (None, run.trigger_id)
-        ]
-        meant = [run for run in named if is_meant(run)]
-        if len(meant) == 1:
-            return meant[0]
-        if meant:
-            which = ", ".join(f"{run.participant}.{run.step} {run.trigger_id}" for run in meant)
-            raise Refused(
-                f"each of {len(meant)} runs of {step} {what}; say which, with --trigger and "
-                f"--participant: {which}"
-            )
-        if named:
-            states = ", ".join(f"{run.participant}.{run.step} is {run.state}" for run in named)
-            raise Refused(f"no run of {step} in saga {self.saga_id} {what}: {states}")
-        known = ", ".join(dict.fromkeys(f"{run.participant}.{run.step}" for run in runs)) or "none"
-        raise Refused(f"saga {self.saga_id} has no run of {step} here; its runs here: {known}")
-
-    def runtime(self, participant: str) -> Runtime:
-        return runtime_without_code(participant, self.schema)
-
-    def record(
-        self,
-        participant: str,
-        verb: str,
-        operator: Operator,
-        *,
-        step: str | None = None,
-        trigger_id: UUID | None = None,
-        event: str | None = None,
-    ) -> None:
-        self.session.execute(
-            statement(_RECORD, self.schema),
-            {
-                "saga_id": self.saga_id,
-                "participant": participant,
-                "verb": verb,
-                "step": step,
-                "trigger_id": trigger_id,
-                "operator": shortened(operator.name),
-                "reason": shortened(operator.reason),
-                "event": event,
-            },
-        )
-
-    def give_back(self, run: Any) -> Resumed:
-        about = self._about(run)
-        ids = [row.id for row in self._rows(_LETTERS, **about)]
-        redriven = [
-            id
-            for id in ids
-            if dead_letters.redrive(self.session, Matching(id=id), schema=self.schema)
-        ]
-        if redriven:
-            return _resumed(run, f"dead letter {', '.join(map(str, redriven))}")
-        if self._rows(_OWED, **about):
-            return _resumed(run, "under way already")
-        if not _owes(run):
-            return self._give_back_a_step(run)
-        due = CompensationDue(self.saga_id, run.step, run.trigger_id)
-        envelope = self.runtime(run.participant).envelope(due, self.saga_id, None)
-        pending.schedule(
-            self.session, run.participant, about["handler"], envelope, schema=self.schema
-        )
-        return _resumed(run, "the journal")
-
-    def _give_back_a_step(self, run: Any) -> Resumed:
-        body = bytes(run.trigger)
-        envelope = decode(body)
-        unread = self._rows(
-            _QUARANTINED,
-            participant=run.participant,
-            saga=str(self.saga_id).encode(),
-            trigger=str(envelope.id).encode(),
-        )
-        for row in unread:
-            if quarantine.redrive(self.session, row.id, schema=self.schema):
-                return _resumed(run, f"quarantined message {row.id}")
-        handler = f"{run.participant}.{run.step}"
-        if inbox.earlier_delivery(
-            self.session, envelope.id, handler, envelope.digest, schema=self.schema
-        ):
-            return _resumed(
-                run, "no: its event was handled, the saga itself is amiss", goes_on=False
-            )
-        owed = pending.Owed(
-            run.participant, handler, envelope.id, envelope.type, body, envelope.key
-        )
-        pending.owe(self.session, owed, "redrive", schema=self.schema)
-        return _resumed(run, "the journal")
-
-    def withdraw(self, run: Any, reason: str) -> None:
-        about = self._about(run)
-        for row in self._rows(_LETTERS, **about):
-            dead_letters.discard(self.session, Matching(id=row.id), reason, schema=self.schema)
-        for row in self._rows(_OWED, **about):
-            pending.withdraw(self.session, about["handler"], row.event_id, schema=self.schema)
-
-    def _about(self, run: Any) -> dict[str, Any]:
-        """What finds the deliveries of a run: those of its compensation, once it owes one."""
-        handler = f"{run.participant}.{run.step}"
-        saga = str(self.saga_id).encode()
-        if not _owes(run):
-            trigger = None if run.trigger_id == self.saga_id else str(run.trigger_id).encode()
-            return {"handler": handler, "saga": saga, "trigger": trigger}
-        trigger = str(run.trigger_id).encode()
-        return {"handler": f"{handler}.compensation", "saga": saga, "trigger": trigger}
-
-    def _rows(self, template: str, **values: object) -> Sequence[Any]:
-        values = {"saga_id": self.saga_id, **values}
-        return self.session.execute(statement(template, self.schema), values).all()
 
 
 def _why_not_aborted(state: SagaState) -> str:
@@ -396,11 +187,3 @@ def _is_stuck(run: Any) -> bool:
 
 def _is_unresolved(run: Any) -> bool:
     return StepState(run.state) is StepState.UNRESOLVED
-
-
-def _owes(run: Any) -> bool:
-    return StepState(run.state).owes_compensation
-
-
-def _resumed(run: Any, by: str, *, goes_on: bool = True) -> Resumed:
-    return Resumed(run.participant, run.step, run.state, by, goes_on)

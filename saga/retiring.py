@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement
+from saga.case import runtime_without_code
 from saga.journal import SagaState
-from saga.operating import runtime_without_code
 from saga.unwinding import look_again
 
 _WHO_KNOWS: Final = "SELECT participant FROM {schema}.saga_peer WHERE peer = :peer ORDER BY 1"

@@ -110,6 +110,7 @@ class Payments:
     bank: Bank
     has_resolve: bool = True
     is_external: bool = True
+    kind: type[Participant] = Participant
     registry: Registry = field(default_factory=Registry)
 
     def __post_init__(self) -> None:
@@ -180,7 +181,7 @@ class Payments:
             connection.execute(text(sql), values)
 
     def _participant(self, name: str) -> Participant:
-        return Participant(name, registry=self.registry, retry=TWICE, compensation_retry=TWICE)
+        return self.kind(name, registry=self.registry, retry=TWICE, compensation_retry=TWICE)
 
     def _declare(self) -> None:
         self.shop.starts(Ordered, nothing_to_undo="a test")

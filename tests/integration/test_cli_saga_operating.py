@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from outbox import dead_letters
 from outbox.dead_letters import Matching
 from outbox.events import Registry
-from saga import operating
+from saga import case
 from saga.cli import main
 from saga.control import SagaCompleted
 from tests.databases import Databases
@@ -250,7 +250,7 @@ def test_an_abort_during_the_deciding_join_waits_and_is_refused(shop: Shop) -> N
 def test_the_deciding_join_waits_for_an_abort_and_does_not_fire(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operating, "SqlJournal", StoppingJournal)
+    monkeypatch.setattr(case, "SqlJournal", StoppingJournal)
     saga_id = shop.start()
     for branch in ("inventory", "users", "shipping"):
         shop.deliver("order.created", branch)
@@ -331,7 +331,7 @@ def test_a_skip_during_the_compensation_waits_for_it_and_is_refused(shop: Shop) 
 def test_a_compensation_during_its_skip_waits_and_calls_nothing(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
-    monkeypatch.setattr(operating, "SqlJournal", StoppingJournal)
+    monkeypatch.setattr(case, "SqlJournal", StoppingJournal)
     saga_id = owing_its_compensation(shop)
     due = compensation_of_inventory(shop)
     overlap(
@@ -349,7 +349,7 @@ def test_a_compensation_during_its_skip_waits_and_calls_nothing(
 def test_a_compensation_that_is_parked_during_its_skip_is_not_left_stuck(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operating, "SqlJournal", StoppingJournal)
+    monkeypatch.setattr(case, "SqlJournal", StoppingJournal)
     shop.failures["inventory.undo"] = 2
     saga_id = owing_its_compensation(shop)
     shop.play.deliver(compensation_of_inventory(shop))

@@ -25,6 +25,7 @@ from saga import Participant
 from saga.cli import main
 from saga.testing.choreography import Message
 from tests.databases import Databases
+from tests.overlapping import StoppingParticipant, overlap
 from tests.payments import Bank, Killed, Ordered, Paid, Payments, unknown
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +287,51 @@ def test_two_workers_that_call_at_once_charge_one_key_and_finish_once(shop: Paym
     shop.play.settle()
     assert shop.check_whole(saga_id) == "completed"
     assert shop.bank.charges(saga_id) == [(2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("after", "time"),
+    [("lock", 1), ("record", 1), ("lock", 2), ("record", 2)],
+    ids=["before the intent", "intent", "before the result", "result"],
+)
+def test_an_abort_at_the_same_moment_waits_for_the_intent_or_the_result(
+    engines: tuple[Engine, Engine], after: str, time: int
+) -> None:
+    shop = Payments(engines[0], Bank(engines[1]), kind=StoppingParticipant)
+    saga_id = shop.start(is_out_of_stock=True)
+    shop.deliver("order.ordered", "stock")
+    trigger = shop.message("order.ordered", "payments")
+    abort = shop.message("saga.aborted", "payments")
+    assert overlap(
+        shop.engine,
+        lambda: shop.play.deliver(trigger),
+        lambda: shop.play.deliver(abort),
+        after=after,
+        time=time,
+    )
+    shop.play.settle()
+    assert shop.check_whole(saga_id) == "compensated"
+    assert shop.bank.charges(saga_id) == [(1, 1)]
+
+
+@pytest.mark.parametrize("after", ["lock", "move"])
+def test_an_intent_at_the_moment_of_the_abort_waits_for_it_and_calls_nothing(
+    engines: tuple[Engine, Engine], after: str
+) -> None:
+    shop = Payments(engines[0], Bank(engines[1]), kind=StoppingParticipant)
+    saga_id = shop.start(is_out_of_stock=True)
+    shop.deliver("order.ordered", "stock")
+    trigger = shop.message("order.ordered", "payments")
+    abort = shop.message("saga.aborted", "payments")
+    assert overlap(
+        shop.engine,
+        lambda: shop.play.deliver(abort),
+        lambda: shop.play.deliver(trigger),
+        after=after,
+    )
+    shop.play.settle()
+    assert shop.check_whole(saga_id) == "compensated"
+    assert (shop.step(saga_id), shop.bank.charges(saga_id)) == ("skipped", [])
 
 
 @pytest.mark.parametrize("seed", range(25))
