@@ -26,9 +26,9 @@ _MOST_WAYS: Final = 512
 than too little."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Action:
-    """Something that a participant does in one transaction."""
+    """Something that a participant does in one transaction. One object each, so compared as such."""
 
     kind: Kind
     participant: str
@@ -53,7 +53,7 @@ class Action:
     def can_be_undone(self) -> bool:
         return self.compensation is not None or self.nothing_to_undo is not None
 
-    @property
+    @cached_property
     def answers(self) -> tuple[str, ...]:
         """The types of which it emits one, whatever their versions."""
         return tuple(dict.fromkeys(ref.name for ref in self.emits))
@@ -103,7 +103,11 @@ class Way:
         return tuple(action for action in self.actions if action.can_abort)
 
     def producers(self, name: str) -> list[Action]:
-        return [action for action in self.actions if name in self.answers(action)]
+        return self._producers.get(name, [])
+
+    @cached_property
+    def _producers(self) -> dict[str, list[Action]]:
+        return _by_name((name, one) for one in self.actions for name in self.answers(one))
 
     def follows(self, action: Action) -> set[Action]:
         """What can follow *action*, directly or not; itself only on a circle."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from random import Random
 from typing import Any
 from uuid import UUID
 
@@ -423,3 +424,43 @@ def test_a_compensation_that_was_removed_leaves_the_saga_stuck_with_what_to_do(
         resume(session, saga_id, SOMEBODY, participant="work")
     whole(third, saga_id, "compensated")
     assert log.lines.count("unpacked") == 1
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_whichever_version_handles_what_while_both_run_the_saga_ends_whole(
+    seed: int, engine: Engine, log: Log
+) -> None:
+    """A rolling deployment that renames a step and the deciding join, with duplicates; at its end
+    only the new version runs, and somebody resumes what the old one could not do."""
+    random = Random(seed)
+    refuses = seed % 2 == 1
+    first = Deployed(log, engine, pack, refuses)
+    saga_id = first.start()
+    second = Deployed(log, engine, wrap, refuses, known=first.play)
+    second.order = renamed_join(second, log)
+    second.play.receivers.update(Choreography({second.order: engine}).receivers)
+    for _ in range(random.randint(2, 25)):
+        waiting = list(second.play.collect())
+        if not waiting:
+            break
+        again = [one for one in second.play.delivered if one.handler is None]
+        message = random.choice(again if again and random.random() < 0.3 else waiting)
+        side = random.choice([first, second])
+        side.play.deliver(message)
+        if message in second.play.waiting:
+            second.play.waiting.remove(message)
+        second.play.delivered.append(message)
+    second.play.settle()
+    with Session(engine) as session, session.begin():
+        resume(session, saga_id, SOMEBODY)
+    for message in [one for one in second.play.delivered if one.handler is None]:
+        second.play.deliver(message)
+    whole(second, saga_id, "compensated" if refuses else "completed")
+    packed, unpacked = (
+        log.lines.count(f"{un}packed") + log.lines.count(f"{un}wrapped") for un in ("", "un")
+    )
+    assert packed <= 1
+    assert log.lines.count("completed") == (0 if refuses else 1)
+    assert unpacked == (packed if refuses else 0)
+    assert log.lines.count("paid") == (0 if refuses else 1)
+    assert not any(second.row(saga_id, name).stuck for name in ("order", "work", "till"))
