@@ -16,8 +16,9 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
+from outbox.connections import executor
 from outbox.envelope import Envelope
-from outbox.sql import DEFAULT_SCHEMA
+from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.statements import statement, storable
 
 Reason = Literal["retry", "crash", "redrive", "timer"]
@@ -41,9 +42,16 @@ _INSERT = """
 INSERT INTO {schema}.pending_delivery
     (service, handler, event_id, type, key, key_seq, body, reason, attempts, next_attempt_at, error)
 VALUES (:service, :handler, :event_id, :type, :key, :key_seq, :body, :reason, :attempts,
-    COALESCE(CAST(:due_at AS timestamptz), clock_timestamp()) + :delay, :error)
+    clock_timestamp() + :delay, :error)
 """
 _INSERT_IF_ABSENT = f"{_INSERT} ON CONFLICT (handler, event_id) DO NOTHING RETURNING true"
+_SCHEDULE = """
+INSERT INTO {schema}.pending_delivery
+    (service, handler, event_id, type, key, body, reason, attempts, next_attempt_at)
+VALUES (%s, %s, %s, %s, %s, %s, 'timer', 0,
+    COALESCE(CAST(%s AS timestamptz), clock_timestamp()) + CAST(%s AS interval))
+ON CONFLICT (handler, event_id) DO NOTHING RETURNING true
+"""
 _UPSERT = f"""{_INSERT}
 ON CONFLICT (handler, event_id) DO UPDATE SET
     reason = EXCLUDED.reason, attempts = EXCLUDED.attempts, sends = 0,
@@ -122,15 +130,17 @@ class Noted:
 
 
 def schedule(
-    session: Session,
+    connection: Any,
     service: str,
     handler: str,
     envelope: Envelope,
     due_at: datetime | None = None,
     *,
+    delay: timedelta = _AT_ONCE,
     schema: str = DEFAULT_SCHEMA,
 ) -> bool:
-    """Deliver *envelope* to *handler* at *due_at* (aware; None: now), in the caller's transaction.
+    """Deliver *envelope* to *handler* *delay* after *due_at* (aware; None: now, by the clock of the
+    database), in the transaction of *connection*, which is whatever `publish` takes.
 
     The handler runs as for any event: once in effect, retried, parked after its last attempt. It
     need not subscribe to the type. False, and nothing is changed, where the same event is owed to
@@ -138,11 +148,11 @@ def schedule(
     """
     if due_at is not None and due_at.tzinfo is None:
         raise ValueError(f"due_at {due_at} has no zone; use an aware datetime")
-    if due_at is None:
-        session.info[DUE_AT_ONCE] = True
-    owed = Owed(service, handler, envelope.id, envelope.type, envelope.body, envelope.key)
-    values = _values(owed, "timer", due_at=due_at)
-    return session.execute(statement(_INSERT_IF_ABSENT, schema), values).scalar() is not None
+    if due_at is None and not delay and isinstance(connection, Session):
+        connection.info[DUE_AT_ONCE] = True
+    owed = (service, handler, envelope.id, envelope.type, envelope.key, envelope.body)
+    sql = in_schema(_SCHEDULE, schema)
+    return bool(executor(connection)(sql, (*owed, due_at, delay), True))
 
 
 def withdraw(
@@ -239,7 +249,6 @@ def _values(
     owed: Owed,
     reason: Reason,
     *,
-    due_at: datetime | None = None,
     delay: timedelta = _AT_ONCE,
     attempts: int = 0,
     error: str | None = None,
@@ -253,7 +262,6 @@ def _values(
         "key_seq": owed.key_seq,
         "body": owed.body,
         "reason": reason,
-        "due_at": due_at,
         "delay": delay,
         "attempts": attempts,
         "error": None if error is None else storable(error, _MAX_ERROR),

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from saga.declaration import Reject
     from saga.errors import (
         AlreadyStarted,
+        Changed,
+        Held,
         IllegalTransition,
+        InvalidDeadline,
         NoCompensation,
         OutsideSaga,
+        Refused,
         SagaDecided,
         SagaError,
         UndeclaredEvent,
@@ -27,16 +31,17 @@ _HOMES = {
     "saga.context": ("CurrentSaga", "current"),
     "saga.declaration": ("Reject",),
     "saga.errors": (
-        "AlreadyStarted", "IllegalTransition", "NoCompensation", "OutsideSaga", "SagaDecided",
-        "SagaError", "UndeclaredEvent", "Unknown",
+        "AlreadyStarted", "Changed", "Held", "IllegalTransition", "InvalidDeadline", "NoCompensation",
+        "OutsideSaga", "Refused", "SagaDecided", "SagaError", "UndeclaredEvent", "Unknown",
     ),
     "saga.participant": ("Participant",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AlreadyStarted", "CurrentSaga", "IllegalTransition", "NoCompensation", "OutsideSaga", "Participant", "Reject",
-    "SagaDecided", "SagaError", "UndeclaredEvent", "Unknown", "current",
+    "AlreadyStarted", "Changed", "CurrentSaga", "Held", "IllegalTransition", "InvalidDeadline", "NoCompensation",
+    "OutsideSaga", "Participant", "Refused", "Reject", "SagaDecided", "SagaError", "UndeclaredEvent", "Unknown",
+    "current",
 ]  # fmt: skip
 
 

@@ -100,6 +100,12 @@ class StepSpec:
     """Whether it acts outside of the database."""
     resolves: bool = False
     """Whether an external step can find out what came of a call without a result."""
+    pivot: bool = False
+    """Whether its commit decides the saga: from there it only goes forward."""
+    retriable: bool = False
+    """Whether it comes after the pivot: it never rejects and is never undone."""
+    delay_seconds: float | None = None
+    """How long after its event it runs; None: at once."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,24 @@ class JoinSpec:
     nothing_to_undo: str | None = None
     exhausted: Exhausted = "stuck"
     was: tuple[str, ...] = ()
+    needs: int | None = None
+    """How many of its events it waits for; None: all."""
+
+
+@dataclass(frozen=True)
+class DeadlineSpec:
+    """A point in time at which a saga that is not decided is aborted."""
+
+    participant: str
+    name: str
+    on: EventRef
+    """The event of the start or step that it counts from."""
+    after: str
+    """Name of that start or step."""
+    within_seconds: float | None
+    """None: the event itself says when."""
+    rejects: tuple[EventRef, ...]
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -128,3 +152,4 @@ class ParticipantSpec:
     starts: tuple[StartSpec, ...]
     steps: tuple[StepSpec, ...]
     joins: tuple[JoinSpec, ...]
+    deadlines: tuple[DeadlineSpec, ...] = ()

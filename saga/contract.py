@@ -80,6 +80,8 @@ class Contract:
             refs += [*step.emits, *step.rejects]
         for join in spec.joins:
             refs += [*join.emits, *join.rejects]
+        for deadline in spec.deadlines:
+            refs += deadline.rejects
         return tuple(dict.fromkeys([*refs, *self.publishes]))
 
     def event(self, ref: EventRef) -> EventContract | None:

@@ -6,12 +6,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from outbox.errors import ConfigurationError, UnregisteredEvent
 from outbox.events import EventType, Registry
 from saga.choreography import Exhausted, Place
-from saga.errors import UndeclaredEvent
+from saga.errors import InvalidDeadline, UndeclaredEvent
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +69,8 @@ class Reaction(Generic[P, R]):
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         completes: bool = False,
+        retriable: bool = False,
+        delay: timedelta | None = None,
         was: tuple[str, ...] = (),
     ) -> None:
         self.function = function
@@ -80,6 +83,9 @@ class Reaction(Generic[P, R]):
         self.nothing_to_undo = nothing_to_undo
         self.exhausted = exhausted
         self.completes = completes
+        self.retriable = retriable
+        self.delay = delay
+        self.deadlines: list[Deadline[..., Any]] = []
         self.was = was
         self.undo: Callable[..., None] | None = None
         self.undo_place: Place | None = None
@@ -100,6 +106,11 @@ class Reaction(Generic[P, R]):
         Raises `ConfigurationError` for a second one, or one that takes other parameters.
         """
         place = Place.of_function(function)
+        if self.retriable or (self.completes and isinstance(self, Step)):
+            raise ConfigurationError(
+                f"{place}: {self.kind} {self} is never undone (at {self.place}): from the pivot on a "
+                "saga only goes forward; remove the compensation"
+            )
         if self.undo is not None:
             raise ConfigurationError(
                 f"{place}: {self.kind} {self} has a compensation already, at {self.undo_place}"
@@ -159,6 +170,19 @@ class Reaction(Generic[P, R]):
             )
         _check_reason(self.nothing_to_undo, what)
         _check_parameters(self.function, self._parameters(), what)
+        if self.delay is not None and self.delay <= timedelta(0):
+            raise ConfigurationError(f"{what}: after={self.delay} is no time to wait")
+        if not self.retriable:
+            return
+        if self.rejects:
+            raise ConfigurationError(
+                f"{what} is retriable, so it succeeds in the end, and cannot reject: reject before "
+                "the pivot"
+            )
+        if self.completes or self.exhausted != "stuck":
+            raise ConfigurationError(
+                f"{what} is retriable: it comes after the pivot, and neither decides nor aborts"
+            )
 
 
 class Step(Reaction[P, R]):
@@ -225,6 +249,59 @@ class Join(Reaction[P, R]):
     """A declared join. Made by `@participant.join(...)`."""
 
     kind = "join"
+
+    def __init__(self, function: Callable[P, R], *, needs: int, **declared: Any) -> None:
+        self.needs = needs
+        """How many of its events it waits for."""
+        super().__init__(function, **declared)
+
+    def _refuse_mistakes(self) -> None:
+        super()._refuse_mistakes()
+        if not 1 <= self.needs <= len(self.on):
+            raise ConfigurationError(
+                f"{self.place}: {self.kind} {self} needs={self.needs} of its {len(self.on)} events"
+            )
+
+
+class Deadline(Reaction[P, R]):
+    """A declared deadline. Made by `@participant.deadline(...)`."""
+
+    kind = "deadline"
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        within: timedelta,
+        at: Callable[[Any], datetime] | None,
+        **declared: Any,
+    ) -> None:
+        self.within = within
+        self.at = at
+        super().__init__(function, **declared)
+
+    def due_at(self, event: object) -> datetime | None:
+        """When it is due, before `within` is added; None: from now. Raises `InvalidDeadline`."""
+        if self.at is None:
+            return None
+        due = self.at(event)
+        if not isinstance(due, datetime) or due.tzinfo is None:
+            raise InvalidDeadline(
+                f"{self.kind} {self} ({self.place}): at=... gave {due!r}, which is no aware datetime"
+            )
+        return due
+
+    def _refuse_mistakes(self) -> None:
+        super()._refuse_mistakes()
+        what = f"{self.place}: {self.kind} {self}"
+        if not self.rejects:
+            raise ConfigurationError(f"{what} needs rejects=..., the event that says it has passed")
+        if self.at is None and self.within <= timedelta(0):
+            raise ConfigurationError(
+                f"{what} leaves no time: minutes=15, hours=..., or at=lambda event: ..."
+            )
+        if len(self.on) != 1:
+            raise ConfigurationError(f"{what} counts from a start or a step, not from a join")
 
 
 class Start(Reaction[[], None]):

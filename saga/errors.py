@@ -67,6 +67,10 @@ class Changed(SagaError):
     """What the saga had read is not so any more (`saga.isolation.reread`)."""
 
 
+class InvalidDeadline(SagaError):
+    """A deadline's `at=...` gave no aware datetime; what it counts from was not committed."""
+
+
 class IllegalTransition(SagaError):
     """The journal was asked for a move that its state machine does not have. A defect of the runtime."""
 
@@ -77,6 +81,7 @@ __all__ = [
     "ConfigurationError",
     "Held",
     "IllegalTransition",
+    "InvalidDeadline",
     "NoCompensation",
     "OutsideSaga",
     "Refused",

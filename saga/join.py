@@ -1,4 +1,4 @@
-"""Joins: one local transaction in answer to several events of a saga, once all of them are there.
+"""Joins: one local transaction in answer to several events of a saga, once enough of them are there.
 
 Why it fires exactly once, in any order, and never after an abort: each arrival locks the saga's row
 before it writes itself down and counts. So arrivals come one after the other, each sees all earlier
@@ -27,20 +27,21 @@ def run_join(runtime: Runtime, join: Join[..., Any], delivery: Delivery, session
     event = delivery.envelope
     key = join_key(join.name, saga_id_of(delivery))
     saga = journal.lock(key.saga_id)
+    before = None if saga.new else journal.find(key)
+    if before not in (None, StepState.STUCK):
+        return
+    # Not after the run: its compensation gets what the run got, and no more.
     journal.arrive(key.saga_id, join.name, event)
     if saga.state.aborted:
         log.info("join %s keeps %s of an aborted saga unused", key, event.type)
         return
-    before = None if saga.new else journal.find(key)
-    if before not in (None, StepState.STUCK):
-        return
     arrived = journal.arrivals(key.saga_id, join.name)
-    if not all(event_type.name in arrived for event_type in join.on):
+    if sum(event_type.name in arrived for event_type in join.on) < join.needs:
         return
     if join.completes and saga.state is SagaState.COMPLETED:
         skip(journal, key, event, saga)
         return
-    arguments = tuple(runtime.read(arrived[event_type.name]) for event_type in join.on)
+    arguments = runtime.arguments(join, arrived)
     perform(runtime, journal, join, Run(saga, key, before, event, arguments))
 
 

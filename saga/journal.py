@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -266,8 +267,15 @@ class Journal(Protocol):
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         """Publish an event with this transaction."""
 
-    def schedule(self, handler: str, envelope: Envelope) -> None:
-        """Owe one handler of this participant a delivery, due at once."""
+    def schedule(
+        self,
+        handler: str,
+        envelope: Envelope,
+        due_at: datetime | None = None,
+        *,
+        delay: timedelta = timedelta(0),
+    ) -> None:
+        """Owe one handler of this participant a delivery, due *delay* after *due_at* (None: now)."""
 
     def savepoint(self) -> AbstractContextManager[Any]:
         """A part of the transaction that an exception takes back alone."""

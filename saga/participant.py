@@ -15,38 +15,33 @@ wrongly is refused at import, with the file and the line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from uuid import UUID
 
 from outbox import publishing
 from outbox.errors import ConfigurationError
-from outbox.events import EventType, Registry
+from outbox.events import Registry
 from outbox.events import registry as default_registry
-from outbox.service import Handler, RetryPolicy, Service
+from outbox.service import RetryPolicy
 from outbox.sql import DEFAULT_SCHEMA
-from saga import control, decisions, peers, renamed, retention
+from saga import peers, renamed, retention
 from saga.choreography import (
-    EventRef,
     Exhausted,
-    JoinSpec,
     ParticipantSpec,
     Place,
-    StartSpec,
-    StepSpec,
 )
 from saga.context import SAGA_ID, Emission, current
+from saga.deadline import run_deadline
 from saga.declaration import (
+    Deadline,
     EventClasses,
     ExternalStep,
     F,
     Join,
-    Owner,
     P,
     R,
-    Reaction,
     Start,
     Step,
     event_types,
@@ -54,11 +49,11 @@ from saga.declaration import (
 )
 from saga.external import finish_call, prepare_call
 from saga.join import park_join, run_join
-from saga.runtime import Runtime
+from saga.specs import spec_of
 from saga.start import start
 from saga.step import park_step, run_step
 from saga.store import SqlJournal
-from saga.unwinding import compensate, park_compensation, refuse_removed
+from saga.wiring import PATIENT, Wiring
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -66,15 +61,10 @@ if TYPE_CHECKING:
 
     from saga.journal import Journal
 
-PATIENT: Final = RetryPolicy(attempts=20)
-"""For compensations: they have to succeed some time, so they are given more than a step is."""
-
 Unwinding = Literal["reverse", "eager"]
 
-R_ = TypeVar("R_", bound=Reaction[..., Any])
 
-
-class Participant(Service):
+class Participant(Wiring):
     """A service with steps, joins and compensations, and the journal of the sagas it is part of."""
 
     def __init__(
@@ -104,18 +94,7 @@ class Participant(Service):
         )
         self.compensation_retry = compensation_retry
         self.retention = retention
-        control.register_control_events(registry)
-        self._reactions: dict[str, Reaction[..., Any]] = {}
-        self._by_any_name: dict[str, Reaction[..., Any]] = {}
-        self._own_handlers: set[str] = set()
-        self._runtime = Runtime(
-            name, registry, self._by_any_name, self.journal, unwinds_eagerly=unwind == "eager"
-        )
-        self._add_decision(control.ABORTED, decisions.on_aborted)
-        self._add_decision(control.COMPLETED, decisions.on_completed)
-        # Also where it unwinds eagerly: an abort by hand does not know that, and leaves runs waiting.
-        self._add_decision(control.UNDONE, decisions.on_undone)
-        self._add_introductions()
+        self._wire(unwinds_eagerly=unwind == "eager")
 
     def journal(self, session: Any) -> Journal:
         """This participant's journal in the transaction of *session*."""
@@ -141,6 +120,9 @@ class Participant(Service):
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         external: bool = False,
+        pivot: bool = False,
+        retriable: bool = False,
+        after: timedelta | None = None,
         name: str | None = None,
         was: str | Iterable[str] = (),
         retry: RetryPolicy | None = None,
@@ -155,6 +137,9 @@ class Participant(Service):
         only for a step whose failed attempts leave nothing behind anywhere. *name* (by default the
         function's) stands in the journal and in the inbox, so it must outlive refactorings; a step
         that had another one is declared with *was*, until no saga from before is open.
+        A *pivot* decides the saga: once it is done the saga is completed, and only goes forward.
+        It may reject. The steps after it are *retriable*: they do not reject, and are not undone.
+        *after* delays it: it runs that long after its event came, if the saga is not aborted then.
         An *external* one acts outside of the database: it is `fn(event)`, called outside of any
         transaction after the intent to do so was committed (see `saga.external`).
         Raises `ConfigurationError` at import, with the file and the line.
@@ -169,7 +154,8 @@ class Participant(Service):
             step = (ExternalStep if external else Step)(
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
-                exhausted=exhausted, was=old_names(was),
+                exhausted=exhausted, was=old_names(was), completes=pivot, retriable=retriable,
+                delay=after,
             )  # fmt: skip
             self._declare(step, compensation_retry)
             if isinstance(step, ExternalStep):
@@ -186,6 +172,7 @@ class Participant(Service):
         *on: type[Any],
         emits: EventClasses = None,
         rejects: EventClasses = None,
+        needs: int | None = None,
         completes: bool = False,
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
@@ -197,8 +184,10 @@ class Participant(Service):
         """Declare the decorated `fn(event, ..., session)` as the answer to all of *on* together.
 
         It gets one event of each class, in the order declared, whatever order they came in; once
-        per saga, and never after an abort. With *completes*, its commit is the saga's decision:
-        from there it can only go forward. The rest is as in `step`.
+        per saga, and never after an abort. *needs* says how many are enough (1: any of them): it
+        runs as soon as that many have come, with None for each of the others. With *completes*,
+        its commit is the saga's decision: from there it can only go forward. The rest is as in
+        `step`.
         """
         place = Place.of_caller()
         what = f"{place}: a join of {self.name}"
@@ -215,10 +204,50 @@ class Participant(Service):
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
                 exhausted=exhausted, completes=completes, was=old_names(was),
+                needs=len(triggers) if needs is None else needs,
             )  # fmt: skip
             self._declare(join, compensation_retry)
             self._add_reaction(join, run_join, park_join, retry)
             return join
+
+        return declare
+
+    def deadline(
+        self,
+        *,
+        rejects: type[Any],
+        days: float = 0,
+        hours: float = 0,
+        minutes: float = 0,
+        seconds: float = 0,
+        at: Callable[[Any], datetime] | None = None,
+        after: Start | Step[..., Any] | None = None,
+        name: str | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> Callable[[Callable[P, R]], Deadline[P, R]]:
+        """Declare that a saga which is not decided in time is aborted.
+
+        The time counts from *after*, a start or a step of this participant, by default its one
+        start; or from what ``at(event)`` gives, an aware datetime. The decorated
+        `fn(event, session)` gets the event of that start or step and returns the one of class
+        *rejects* that says that the time has passed. It belongs to the participant that decides
+        the saga (its completing join, its pivot): there it races with the decision on one lock.
+        Raises `ConfigurationError`.
+        """
+        place = Place.of_caller()
+        within = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        counted_from = after or self._only_start(place)
+        refusals = event_types(rejects, self.registry, f"{place}: a deadline of {self.name}")
+
+        def declare(function: Callable[P, R]) -> Deadline[P, R]:
+            deadline = Deadline(
+                function, owner=self._owner, name=name or function.__name__, place=place,
+                on=counted_from.on, rejects=refusals, within=within, at=at,
+            )  # fmt: skip
+            self._declare(deadline, None)
+            self._add_reaction(deadline, run_deadline, park_step, retry)
+            counted_from.deadlines.append(deadline)
+            return deadline
 
         return declare
 
@@ -306,13 +335,7 @@ class Participant(Service):
     @property
     def spec(self) -> ParticipantSpec:
         """What has been declared so far, as plain data."""
-        declared = self._reactions.values()
-        return ParticipantSpec(
-            name=self.name,
-            starts=tuple(_start_spec(one) for one in declared if isinstance(one, Start)),
-            steps=tuple(_step_spec(one) for one in declared if isinstance(one, Step)),
-            joins=tuple(_join_spec(one) for one in declared if isinstance(one, Join)),
-        )
+        return spec_of(self.name, self._reactions.values())
 
     @property
     def answers(self) -> frozenset[str]:
@@ -324,132 +347,3 @@ class Participant(Service):
         """Event types that it takes outside of sagas (`@participant.on`), sorted."""
         plain = (one for one in self.handlers if one.name not in self._own_handlers)
         return sorted({name for one in plain if one.subscribes for name in one.event_types})
-
-    # ---- wiring ----
-
-    @property
-    def _owner(self) -> Owner:
-        return Owner(self.name, self.registry)
-
-    def _declare(self, reaction: Reaction[..., Any], retry: RetryPolicy | None) -> None:
-        for name in (reaction.name, *reaction.was):
-            self._refuse_taken(name, reaction)
-        self._reactions[reaction.name] = reaction
-        for name in (reaction.name, *reaction.was):
-            self._by_any_name[name] = reaction
-            self._add(
-                Handler(
-                    name=self._runtime.compensation_handler(name),
-                    event_types=frozenset({control.COMPENSATION_DUE.name}),
-                    run=partial(compensate, self._runtime, reaction),
-                    retry=retry or self.compensation_retry,
-                    exhausted=partial(park_compensation, self._runtime, reaction),
-                    subscribes=False,
-                )
-            )
-
-    def _refuse_taken(self, name: str, reaction: Reaction[..., Any]) -> None:
-        taken = self._by_any_name.get(name)
-        if taken is not None:
-            had = "that was" if name in taken.was else "named"
-            raise ConfigurationError(
-                f"{reaction.place}: participant {self.name} has a {taken.kind} {had} "
-                f"{name} already, at {taken.place}; give one of them another name"
-            )
-        if self.handler(f"{self.name}.{name}") is not None:
-            raise ConfigurationError(
-                f"{reaction.place}: participant {self.name} has a handler named "
-                f"{self.name}.{name} already (@{self.name}.on); rename one of them"
-            )
-
-    def _add_reaction(
-        self,
-        reaction: R_,
-        run: Callable[[Runtime, R_, Any, Any], None],
-        park: Callable[[Runtime, R_, Any, Any, BaseException], None],
-        retry: RetryPolicy | None,
-        prepare: Callable[[Any, Any], Callable[[], Any] | None] | None = None,
-    ) -> None:
-        for name in (reaction.name, *reaction.was):
-            self._add(
-                Handler(
-                    name=f"{self.name}.{name}",
-                    event_types=frozenset(event_type.name for event_type in reaction.on),
-                    run=partial(run, self._runtime, reaction),
-                    retry=retry or self.retry,
-                    exhausted=partial(park, self._runtime, reaction),
-                    versions=frozenset((one.name, one.version) for one in reaction.on),
-                    prepare=prepare,
-                    # Under an old name it takes what is owed to that: retries, dead letters.
-                    subscribes=name == reaction.name,
-                )
-            )
-
-    def stand_in(self, name: str) -> Handler:
-        """As of any service; a compensation that is not here any more makes the saga stuck."""
-        stand_in = super().stand_in(name)
-        step = name.removeprefix(f"{self.name}.").removesuffix(".compensation")
-        if name != self._runtime.compensation_handler(step):
-            return stand_in
-        return replace(
-            stand_in,
-            run=partial(refuse_removed, self._runtime, step),
-            exhausted=partial(park_compensation, self._runtime, None),
-        )
-
-    def _add_decision(
-        self, event_type: EventType, run: Callable[[Runtime, Any, Any], None]
-    ) -> None:
-        self._add(
-            Handler(
-                name=f"{self.name}.{event_type.name}",
-                event_types=frozenset({event_type.name}),
-                run=partial(run, self._runtime),
-                retry=PATIENT,
-                exhausted=partial(decisions.park_decision, self._runtime),
-            )
-        )
-
-    def _add_introductions(self) -> None:
-        for event_type, run in (
-            (control.INTRODUCED, peers.on_introduced),
-            (control.INTRODUCTION_DUE, peers.introduce),
-        ):
-            self._add(
-                Handler(
-                    name=f"{self.name}.{event_type.name}",
-                    event_types=frozenset({event_type.name}),
-                    run=partial(run, self._runtime),
-                    retry=PATIENT,
-                    subscribes=event_type is control.INTRODUCED,
-                )
-            )
-
-    def _add(self, handler: Handler) -> None:
-        self.add(handler)
-        self._own_handlers.add(handler.name)
-
-
-def _refs(types: tuple[EventType, ...]) -> tuple[EventRef, ...]:
-    return tuple(EventRef.to(event_type) for event_type in types)
-
-
-def _start_spec(one: Start) -> StartSpec:
-    (event,) = _refs(one.on)
-    return StartSpec(one.owner.participant, event, one.place, one.undo_place, one.nothing_to_undo)
-
-
-def _step_spec(one: Step[..., Any]) -> StepSpec:
-    (on,) = _refs(one.on)
-    return StepSpec(
-        one.owner.participant, one.name, on, _refs(one.emits), _refs(one.rejects), one.place,
-        one.undo_place, one.nothing_to_undo, one.exhausted, one.was, one.is_external,
-        one.resolver is not None,
-    )  # fmt: skip
-
-
-def _join_spec(one: Join[..., Any]) -> JoinSpec:
-    return JoinSpec(
-        one.owner.participant, one.name, _refs(one.on), _refs(one.emits), _refs(one.rejects),
-        one.completes, one.place, one.undo_place, one.nothing_to_undo, one.exhausted, one.was,
-    )  # fmt: skip

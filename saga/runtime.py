@@ -17,7 +17,7 @@ from outbox.events import Registry
 from outbox.service import Delivery
 from outbox.statements import storable
 from saga.context import SAGA_ID
-from saga.declaration import Reaction, Start
+from saga.declaration import Deadline, Reaction, Start
 from saga.errors import OutsideSaga
 from saga.journal import Journal, SagaRow, StepRow
 
@@ -42,8 +42,18 @@ class Runtime:
     @property
     def answers(self) -> frozenset[str]:
         """The event types that its steps and joins answer."""
-        reactions = [one for one in self.reactions.values() if not isinstance(one, Start)]
+        reactions = [
+            one for one in self.reactions.values() if not isinstance(one, Start | Deadline)
+        ]
         return frozenset(event_type.name for one in reactions for event_type in one.on)
+
+    def handler(self, reaction: str) -> str:
+        """Name of the handler that runs a step, a join or a deadline."""
+        return f"{self.participant}.{reaction}"
+
+    def delayed_handler(self, step: str) -> str:
+        """Name of the handler that runs a delayed step when its time has come."""
+        return f"{self.participant}.{step}.delayed"
 
     def compensation_handler(self, step: str) -> str:
         """Name of the handler that takes the compensations of a step."""
@@ -72,6 +82,24 @@ class Runtime:
         envelope = self.envelope(event, saga_id, caused_by)
         journal.append(envelope, self.registry.of(event))
         return envelope
+
+    def arguments(
+        self, reaction: Reaction[..., Any], arrived: Mapping[str, bytes]
+    ) -> tuple[object, ...]:
+        """The event of each type that a join waits for; None for what has not come."""
+        names = [event_type.name for event_type in reaction.on]
+        return tuple(self.read(arrived[name]) if name in arrived else None for name in names)
+
+    def set_deadlines(
+        self, journal: Journal, reaction: Reaction[..., Any], event: object, envelope: Envelope
+    ) -> None:
+        """Owe the deadlines that count from *reaction*, whose event this is (see `saga.deadline`).
+
+        Raises `InvalidDeadline`.
+        """
+        for deadline in reaction.deadlines:
+            due_at = deadline.due_at(event)
+            journal.schedule(self.handler(deadline.name), envelope, due_at, delay=deadline.within)
 
     def read(self, body: bytes) -> Any:
         """The payload of a journaled envelope, in the class and version that the code knows now."""

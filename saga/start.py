@@ -37,4 +37,5 @@ def start(runtime: Runtime, connection: Any, event: object, saga_id: UUID | None
     if not journal.open(key, event_type.name, envelope.body):
         raise AlreadyStarted(saga_id)
     journal.append(envelope, event_type)
+    runtime.set_deadlines(journal, runtime.reactions[name], event, envelope)
     return saga_id

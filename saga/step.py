@@ -66,10 +66,22 @@ def run_step(runtime: Runtime, step: Step[..., Any], delivery: Delivery, session
         )
     if before not in (None, StepState.STUCK):
         return
-    if saga.state.aborted:
+    if saga.state.aborted or (step.completes and saga.state is SagaState.COMPLETED):
         skip(journal, key, trigger, saga)
         return
     perform(runtime, journal, step, Run(saga, key, before, trigger, (delivery.event,)))
+
+
+def put_off(runtime: Runtime, step: Step[..., Any], delivery: Delivery, session: Session) -> None:
+    """Handle the event that triggers a delayed step: owe its run, which looks at the saga then.
+
+    The step's time counts from here. It is a delivery of the same event to another handler.
+    """
+    assert step.delay is not None
+    journal = runtime.open_journal(session)
+    saga_id_of(delivery)
+    handler = runtime.delayed_handler(step.name)
+    journal.schedule(handler, delivery.envelope, delay=step.delay)
 
 
 def skip(journal: Journal, key: RunKey, trigger: Envelope, saga: SagaRow) -> None:
@@ -115,6 +127,8 @@ def finish(
         emitted=None if emitted is None else emitted.body,
         published=published,
     )
+    if reaction.deadlines:
+        runtime.set_deadlines(journal, reaction, run.arguments[0], run.trigger)
     saga = run.saga
     if saga.stuck and run.before is not None:
         saga = reset_stuck(journal, saga)
@@ -163,7 +177,7 @@ def decide_to_abort(
 
 def park_step(
     runtime: Runtime,
-    step: Step[..., Any],
+    step: Reaction[..., Any],
     delivery: Delivery,
     session: Session,
     error: BaseException,

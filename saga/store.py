@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -142,6 +143,8 @@ _HEARD: Final = """
 SELECT peer, pending FROM {schema}.saga_peer_undone
 WHERE saga_id = :saga_id AND participant = :participant
 """
+
+_AT_ONCE: Final = timedelta(0)
 
 
 class SqlJournal:
@@ -312,8 +315,18 @@ class SqlJournal:
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         append(self.session, envelope, event_type, schema=self._schema)
 
-    def schedule(self, handler: str, envelope: Envelope) -> None:
-        pending.schedule(self.session, self._participant, handler, envelope, schema=self._schema)
+    def schedule(
+        self,
+        handler: str,
+        envelope: Envelope,
+        due_at: datetime | None = None,
+        *,
+        delay: timedelta = _AT_ONCE,
+    ) -> None:
+        pending.schedule(
+            self.session, self._participant, handler, envelope, due_at,
+            delay=delay, schema=self._schema,
+        )  # fmt: skip
 
     def savepoint(self) -> AbstractContextManager[Any]:
         savepoint: AbstractContextManager[Any] = self.session.begin_nested()

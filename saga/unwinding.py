@@ -242,7 +242,7 @@ def _triggers(
     if len(reaction.on) == 1:
         return [runtime.read(run.trigger)]
     arrived = journal.arrivals(run.key.saga_id, run.key.step)
-    return [runtime.read(arrived[event_type.name]) for event_type in reaction.on]
+    return [*runtime.arguments(reaction, arrived)]
 
 
 def refuse_removed(runtime: Runtime, step: str, *_: object) -> None:
