@@ -13,6 +13,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +44,23 @@ def await_condition(
         if time.monotonic() > deadline:
             raise ServerFailed(f"{what}: not within {within:g} s")
         time.sleep(every)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A self-signed certificate for 127.0.0.1, which is its own authority."""
+
+    file: Path
+    key: Path
+
+    @classmethod
+    def make(cls, directory: Path) -> Certificate:
+        made = cls(directory / "certificate.pem", directory / "key.pem")
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+        command += ["-out", str(made.file), "-keyout", str(made.key)]
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+        return made
 
 
 class LocalServer:
@@ -211,9 +229,12 @@ class LocalRedis(LocalServer):
 
     name = "Redis"
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, durable: bool = False, certificate: Certificate | None = None
+    ) -> None:
         super().__init__(directory)
         self._durable = durable
+        self._certificate = certificate
 
     @staticmethod
     def program() -> str | None:
@@ -225,13 +246,23 @@ class LocalRedis(LocalServer):
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        if self._certificate is None:
+            return f"redis://127.0.0.1:{self.port}/0"
+        return f"rediss://127.0.0.1:{self.port}/0?ssl_ca_certs={self._certificate.file}"
 
     def _command(self) -> list[str]:
-        program = self.program()
+        # The wheel's is built without TLS.
+        program = self.program() if self._certificate is None else shutil.which("redis-server")
         if program is None:
             raise ServerFailed("no redis-server")
-        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command = [program, "--bind", "127.0.0.1", "--save", ""]
+        if self._certificate is None:
+            command += ["--port", str(self.port)]
+        else:
+            command += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            command += ["--tls-cert-file", str(self._certificate.file)]
+            command += ["--tls-key-file", str(self._certificate.key)]
+            command += ["--tls-ca-cert-file", str(self._certificate.file)]
         if self._durable:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         return command
@@ -251,9 +282,11 @@ class LocalRabbitMQ(LocalServer):
 
     name = "RabbitMQ"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, certificate: Certificate | None = None) -> None:
         super().__init__(directory)
         self._distribution_port = free_port()
+        self._certificate = certificate
+        self._tls_port = free_port()
 
     @staticmethod
     def program() -> str | None:
@@ -265,10 +298,38 @@ class LocalRabbitMQ(LocalServer):
     def url(self) -> str:
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
 
+    @property
+    def tls_url(self) -> str:
+        """The same node over TLS; the certificate is still to be named."""
+        return f"amqps://guest:guest@127.0.0.1:{self._tls_port}//"
+
+    def control(self, *command: str) -> None:
+        """Runs `rabbitmqctl` on this node."""
+        path = os.pathsep.join((*RABBITMQ_SCRIPT_DIRECTORIES, os.environ.get("PATH", os.defpath)))
+        program = shutil.which("rabbitmqctl", path=path)
+        if program is None:
+            raise ServerFailed("no rabbitmqctl")
+        subprocess.run(
+            [program, *command],
+            env=self._environment(),
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
     def _prepare(self) -> None:
         (self.directory / "enabled_plugins").write_text("[].\n")
         (self.directory / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\n"
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\n{self._tls()}"
+        )
+
+    def _tls(self) -> str:
+        if self._certificate is None:
+            return ""
+        return (
+            f"listeners.ssl.1 = 127.0.0.1:{self._tls_port}\n"
+            f"ssl_options.certfile = {self._certificate.file}\n"
+            f"ssl_options.keyfile = {self._certificate.key}\n"
         )
 
     def _command(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -32,23 +32,34 @@ class Confirmation(Protocol):
     """The broker's answer to one batch."""
 
     def wait(self) -> None:
-        """Return once the broker has taken every message of the batch; raise `BusError` otherwise."""
+        """Return once the broker has taken every message of the batch; raise `BusError` otherwise.
+
+        May be asked again, and in any order among batches. After a `BusError` the batch is to be sent again, whole,
+        and so is every batch that was sent after it and is not confirmed.
+        """
 
 
 class Bus(Protocol):
-    """A connection to a broker, made when it is needed and made again after it failed.
+    """A connection to a broker, made when it is needed and made again after it failed. For one thread.
 
     What `send` was given and `wait` did not confirm may or may not have arrived: it is to be sent again.
     """
 
+    @property
+    def unrouted(self) -> Mapping[str, int]:
+        """Events by type that no queue was bound to: legal, and perhaps not meant."""
+
     def declare(self, topology: Topology) -> None:
-        """Make the exchange, the service's queue and its bindings, if they are not there."""
+        """Make the exchange, the service's queue and its bindings, if they are not there.
+
+        Raises `BusError`, and `ConfigurationError` where one of them is there with other properties.
+        """
 
     def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
         """Hand over a batch, in order, without waiting for the broker's answer. Raises `BusError`."""
 
     def keep_alive(self) -> None:
-        """Called about every second while there is nothing to send."""
+        """Called about every second while there is nothing to send. Never waits, never raises."""
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connection. What is not confirmed by now never will be."""

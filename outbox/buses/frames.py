@@ -16,11 +16,19 @@ from amqp.basic_message import Message
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import CONTENT_ENCODING, CONTENT_TYPE, message_body, message_headers
 
+LONGEST_NAME: Final = 255
+"""Bytes of a routing key, and of the name of a queue or an exchange."""
+
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _BASIC, _PUBLISH = 60, 40
 _END: Final = b"\xce"
 _ID_PLACEHOLDER: Final = "\x01" * 36
 _FRAME_OVERHEAD: Final = 8
+_MOST_TEMPLATES: Final = 10_000
+
+
+class Unroutable(Exception):
+    """No queue can have such a name, or be bound to such a type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +52,10 @@ class FrameEncoder:
         self._templates: dict[tuple[str, str, str], _Template] = {}
 
     def encode(self, message: OutgoingMessage, exchange: str, routing_key: str) -> bytes:
-        """All frames of one message."""
+        """All frames of one message. Raises `Unroutable`."""
         template = self._templates.get((exchange, routing_key, message.type))
         if template is None:
-            template = self._make_template(exchange, routing_key, message.type)
-            self._templates[exchange, routing_key, message.type] = template
+            template = self._remember(exchange, routing_key, message.type)
         body = message_body(message)
         properties = str(message.event_id).encode().join(template.properties)
         frames = [template.method, template.head, pack(">Q", len(body)), properties]
@@ -57,12 +64,18 @@ class FrameEncoder:
             frames += [pack(">BHI", _BODY, self._channel_id, len(part)), part, _END]
         return b"".join(frames)
 
+    def _remember(self, exchange: str, routing_key: str, event_type: str) -> _Template:
+        if len(self._templates) >= _MOST_TEMPLATES:
+            self._templates.clear()
+        template = self._make_template(exchange, routing_key, event_type)
+        self._templates[exchange, routing_key, event_type] = template
+        return template
+
     def _make_template(self, exchange: str, routing_key: str, event_type: str) -> _Template:
+        # What is meant for one queue must not vanish when that queue is not there.
+        mandatory = self._mandatory or not exchange
         arguments = (
-            b"\x00\x00"
-            + _short_string(exchange)
-            + _short_string(routing_key)
-            + bytes([self._mandatory])
+            b"\x00\x00" + _short_string(exchange) + _short_string(routing_key) + bytes([mandatory])
         )
         method = pack(">HH", _BASIC, _PUBLISH) + arguments
         content: Any = _content(**message_properties(event_type, _ID_PLACEHOLDER))
@@ -82,7 +95,6 @@ def message_properties(event_type: str, event_id: str) -> dict[str, Any]:
         "content_encoding": CONTENT_ENCODING,
         "application_headers": message_headers(event_type, event_id),
         "delivery_mode": 2,
-        "priority": 0,
         "correlation_id": event_id,
     }
 
@@ -93,4 +105,6 @@ def _content(**properties: Any) -> Any:
 
 def _short_string(text: str) -> bytes:
     encoded = text.encode()
+    if len(encoded) > LONGEST_NAME:
+        raise Unroutable(f"{text[:40]!r}... is longer than {LONGEST_NAME} bytes")
     return pack(">B", len(encoded)) + encoded

@@ -38,19 +38,17 @@ def celery_message(message: OutgoingMessage) -> CeleryMessage:
 
 
 def message_headers(event_type: str, event_id: str) -> dict[str, Any]:
-    """What Celery's `Request`, its events and Flower read."""
+    """What Celery's worker, its events and Flower need; for the rest they have the same defaults as `send_task`."""
     return {
         "lang": "py",
         "task": TASK,
         "id": event_id,
         "shadow": event_type,
         "root_id": event_id,
-        "parent_id": None,
+        # Where these two are missing or empty, a plain worker logs the arguments themselves.
         "argsrepr": "(...)",
         "kwargsrepr": "{}",
-        "origin": "outbox",
         "ignore_result": True,
-        "retries": 0,
     }
 
 

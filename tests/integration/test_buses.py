@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from uuid import UUID, uuid4
 
@@ -172,7 +173,7 @@ def test_rabbitmq_confirms_after_the_connection_was_lost_do_not_count(
     bus = RabbitMQBus(rabbitmq_url, unique_name)
     confirmation = bus.send([message()])
     assert bus._link is not None
-    bus._link.connection.transport.sock.close()
+    bus._link._connection.transport.sock.shutdown(socket.SHUT_RDWR)
     with pytest.raises(BusError):
         confirmation.wait()
     bus.send([message()]).wait()  # connects again

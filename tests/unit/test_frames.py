@@ -6,6 +6,7 @@ import json
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from amqp.basic_message import Message
 from amqp.method_framing import frame_writer
 from hypothesis import given
@@ -15,6 +16,7 @@ from outbox.buses.base import OutgoingMessage
 from outbox.buses.confirms import Confirms
 from outbox.buses.frames import FrameEncoder, message_properties
 from outbox.buses.message import message_body
+from outbox.errors import BusError
 
 
 class _Transport:
@@ -42,7 +44,8 @@ def as_py_amqp_writes(message: OutgoingMessage, exchange: str, key: str, frame_m
         channel=None,
         **message_properties(message.type, str(message.event_id)),
     )
-    arguments = dumps("Bssbb", (0, exchange, key, False, False))
+    # A message for one queue is mandatory: it must not vanish when that queue is not there.
+    arguments = dumps("Bssbb", (0, exchange, key, not exchange, False))
     frame_writer(_Connection(frame_max), transport)(1, 1, spec.Basic.Publish, arguments, content)
     return transport.written
 
@@ -81,6 +84,7 @@ def test_the_body_is_json_that_holds_the_envelope_unchanged(body: str) -> None:
 @given(order=st.permutations(range(1, 20)))
 def test_confirms_in_any_order_count_only_for_their_own_tags(order: list[int]) -> None:
     confirms = Confirms()
+    confirms.give(len(order))
     seen: set[int] = set()
     for tag in order:
         confirms.acked(tag, False)
@@ -90,6 +94,7 @@ def test_confirms_in_any_order_count_only_for_their_own_tags(order: list[int]) -
 
 def test_a_confirm_for_many_counts_for_all_before_it() -> None:
     confirms = Confirms()
+    confirms.give(9)
     confirms.acked(9, False)
     confirms.acked(5, True)
     assert confirms.taken == 5
@@ -99,6 +104,27 @@ def test_a_confirm_for_many_counts_for_all_before_it() -> None:
 
 def test_a_late_ack_of_one_message_is_no_ack_of_the_next() -> None:
     confirms = Confirms()
-    confirms.given = 2
+    confirms.give(1)
+    confirms.give(1)
     confirms.acked(1, False)
-    assert confirms.taken < confirms.given
+    assert confirms.has_taken(1)
+    assert not confirms.has_taken(2)
+
+
+def test_after_a_refusal_no_ack_counts_for_the_refused() -> None:
+    confirms = Confirms()
+    confirms.give(3)
+    confirms.acked(1, False)
+    confirms.nacked(2, False)
+    confirms.acked(3, True)
+    assert confirms.has_taken(1)
+    with pytest.raises(BusError, match="refused message 2"):
+        confirms.has_taken(3)
+
+
+def test_an_ack_of_what_was_never_sent_is_a_failure_and_not_believed() -> None:
+    confirms = Confirms()
+    confirms.give(1)
+    confirms.acked(2, True)
+    with pytest.raises(BusError, match="confirmed message 2, and 1 were sent"):
+        confirms.has_taken(1)
