@@ -184,8 +184,8 @@ def _calling(before: Reaction, after: Reaction) -> Iterator[Finding]:
     if before.external and not after.external:
         yield error(
             "external-changed",
-            f"{_name(after)} is external no more: a call whose result is not written down yet would "
-            "never be resolved, and its saga never end; give the new step another name",
+            f"{_name(after)} is external no more: a saga with a call whose result is not written "
+            "down yet is stuck until a person resolves it; give the new step another name",
             after.place,
         )
     elif before.resolves and not after.resolves:

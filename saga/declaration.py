@@ -124,6 +124,11 @@ class Reaction(Generic[P, R]):
         self.undo, self.undo_place = function, place
         return function
 
+    def name_in(self, handler: str) -> str:
+        """Its name in that of a handler: today's, or one that it had before."""
+        name = handler.rpartition(".")[2]
+        return name if name in self.was else self.name
+
     def check_answer(self, answer: object) -> None:
         """Raise `UndeclaredEvent` unless *answer* is what the declaration says it emits."""
         if not self.emits:

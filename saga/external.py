@@ -135,9 +135,10 @@ def prepare_call(
 ) -> Callable[[], Answer] | None:
     """Commit the intent, or find an earlier one; returns what to call after that, if anything."""
     journal = runtime.open_journal(session)
-    key = RunKey(saga_id_of(delivery), step.name, delivery.envelope.id)
+    key = RunKey(saga_id_of(delivery), step.name_in(delivery.handler), delivery.envelope.id)
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    key = journal.known_as(key)
     call = Call(runtime, step, key, delivery.event)
     if before in _CALLS_AGAIN and not saga.state.aborted:
         trigger = delivery.envelope.body
@@ -160,9 +161,10 @@ def finish_call(
     """Write down what came of the call."""
     journal = runtime.open_journal(session)
     trigger = delivery.envelope
-    key = RunKey(saga_id_of(delivery), step.name, trigger.id)
+    key = RunKey(saga_id_of(delivery), step.name_in(delivery.handler), trigger.id)
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    key = journal.known_as(key)
     answer: Answer | None = delivery.result
     if answer is None:
         if before is None:

@@ -28,6 +28,7 @@ def run_join(runtime: Runtime, join: Join[..., Any], delivery: Delivery, session
     key = join_key(join.name, saga_id_of(delivery))
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    key = journal.known_as(key)
     if before not in (None, StepState.STUCK):
         return
     # Not after the run: its compensation gets what the run got, and no more.

@@ -213,6 +213,9 @@ class Journal(Protocol):
     def find(self, key: RunKey) -> StepState | None:
         """The state of a run; None where the journal has no such run."""
 
+    def known_as(self, key: RunKey) -> RunKey:
+        """The key under which `find` has found the run, which may bear a name that its step had."""
+
     def record(
         self,
         key: RunKey,

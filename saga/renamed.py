@@ -5,8 +5,9 @@ and compensations of the old name belong to the new one. Why nothing runs twice,
 of both versions run: every run looks, under the saga's lock, whether it stands in the journal under
 any of its names, and goes on under the name that it finds. A new run is written down under the new
 name, with a row that says *skipped* under each old one, which is what a worker of the old version
-finds. An arrival for a join is written under all its names, so that whichever version counts last
-counts them all, and only one of the two finds no run.
+finds. What is owed to an old name, or stands under it, runs under it, so that the idempotency key of
+a run stays the same. An arrival for a join is written under all its names, so that whichever version
+counts last counts them all, and only one of the two finds no run.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ class RenamedJournal(SqlJournal):
         self._found: dict[RunKey, RunKey] = {}
 
     def find(self, key: RunKey) -> StepState | None:
-        for name in (key.step, *self._was.get(key.step, ())):
+        for name in self._names_of(key.step):
             known = RunKey(key.saga_id, name, key.trigger_id)
             state = super().find(known)
             if state is not None:
                 self._found[key] = known
                 return state
         return None
+
+    def known_as(self, key: RunKey) -> RunKey:
+        return self._found.get(key, key)
 
     def record(
         self,
@@ -56,7 +60,7 @@ class RenamedJournal(SqlJournal):
         reason: str | None = None,
     ) -> None:
         super().record(
-            self._found.get(key, key), before, after,
+            self.known_as(key), before, after,
             trigger=trigger, emitted=emitted, published=published, reason=reason,
         )  # fmt: skip
         for old in self._was.get(key.step, ()) if before is None else ():
@@ -65,7 +69,7 @@ class RenamedJournal(SqlJournal):
             super().record(said, None, StepState.SKIPPED, trigger=trigger, reason=reason)
 
     def verdict(self, key: RunKey) -> str | None:
-        return super().verdict(self._found.get(key, key))
+        return super().verdict(self.known_as(key))
 
     def arrive(self, saga_id: UUID, join: str, envelope: Envelope) -> None:
         for name in (join, *self._was.get(join, ())):

@@ -56,9 +56,10 @@ def run_step(runtime: Runtime, step: Step[..., Any], delivery: Delivery, session
     """Handle the event that triggers *step*."""
     journal = runtime.open_journal(session)
     trigger = delivery.envelope
-    key = RunKey(saga_id_of(delivery), step.name, trigger.id)
+    key = RunKey(saga_id_of(delivery), step.name_in(delivery.handler), trigger.id)
     saga = journal.lock(key.saga_id)
     before = None if saga.new else journal.find(key)
+    key = journal.known_as(key)
     if before is not None and before.is_uncertain:
         raise Unknown(
             f"{key} was called while {step} was declared external, and nothing is known of the "
@@ -187,7 +188,7 @@ def park_step(
     saga_id = known_saga_id_of(delivery)
     if saga_id is None:
         return
-    key = RunKey(saga_id, step.name, trigger.id)
+    key = RunKey(saga_id, step.name_in(delivery.handler), trigger.id)
     park(runtime, runtime.open_journal(session), step, key, trigger, error)
 
 

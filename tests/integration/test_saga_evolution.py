@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from outbox import quarantine
 from outbox.events import Registry
 from outbox.service import RetryPolicy
-from saga import Participant, Reject
+from saga import Participant, Reject, current
 from saga.operating import Operator, resume, skip_compensation
 from saga.testing.choreography import Choreography, Message
 from tests.databases import Databases
@@ -340,6 +340,44 @@ def test_a_removed_step_that_must_be_undone_waits_visibly_and_is_undone_when_it_
     whole(third, saga_id, "compensated")
     assert log.lines.count("unpacked") == 1
     assert not third.row(saga_id, "work").stuck
+
+
+@pytest.mark.parametrize("is_external", [False, True], ids=["plain", "external"])
+def test_an_attempt_after_a_renaming_has_the_idempotency_key_of_the_one_before(
+    is_external: bool, engine: Engine, log: Log
+) -> None:
+    """Else what was charged under the old name would be charged again."""
+    keys: list[str] = []
+
+    def calling(name: str, was: tuple[str, ...], *, fails: bool) -> Wire:
+        def call(placed: Placed, *_: object) -> Packed:
+            working = current()
+            assert working is not None
+            keys.append(working.idempotency_key)
+            if fails:
+                raise RuntimeError("the answer was lost")
+            return Packed(placed.id)
+
+        def wire(work: Participant, log: Log) -> None:
+            step = work.step(on=Placed, emits=Packed, name=name, was=was, external=is_external)(
+                call
+            )
+            step.compensation(log.does("unpacked"))
+            if is_external:
+                step.resolve(call)
+
+        return wire
+
+    first = Deployed(log, engine, calling("pack", (), fails=True))
+    saga_id = first.start()
+    message = first.deliver("shop.placed", "work")
+    second = Deployed(log, engine, calling("wrap", ("pack",), fails=False), known=first.play)
+    if is_external:
+        # Its intent is in the journal, so the broker's second copy is no other run.
+        second.play.deliver(message)
+    whole(second, saga_id, "completed")
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
 
 
 def test_an_event_for_a_removed_step_is_kept_until_the_step_is_back(
