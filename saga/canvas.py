@@ -53,6 +53,8 @@ def in_flow_order(flow: Flow) -> list[Action]:
 def title(action: Action) -> str:
     """What an action is called for people."""
     name = action.name.removeprefix("start:")
+    if action.completes and action.kind == "step":
+        return f"{name} (pivot)"
     if action.completes:
         return f"{name} (join, completes)"
     if action.external:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, TypeVar
 
-from saga.choreography import EventRef, Exhausted, Place
+from saga.choreography import DeadlineSpec, EventRef, Exhausted, Place
 from saga.contract import Contract
 
 Kind = Literal["start", "step", "join"]
@@ -43,6 +43,13 @@ class Action:
     exhausted: Exhausted = "stuck"
     external: bool = False
     resolves: bool = False
+    retriable: bool = False
+    needs: int | None = None
+    """How many of its events it waits for; None: all."""
+
+    @property
+    def enough(self) -> int:
+        return len(self.on) if self.needs is None else self.needs
 
     @property
     def can_abort(self) -> bool:
@@ -81,13 +88,14 @@ class Way:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """What runs: a step once its event is there, a join once all of its events are."""
+        """What runs: a step once its event is there, a join once enough of its events are."""
         running, events = {self._start}, set(self.answers(self._start))
         grown = True
         while grown:
             ready = {
                 action for action in self._everything
-                if action.on and action not in running and all(ref.name in events for ref in action.on)
+                if action.on and action not in running
+                and sum(ref.name in events for ref in action.on) >= action.enough
             }  # fmt: skip
             running |= ready
             events.update(name for action in ready for name in self.answers(action))
@@ -136,17 +144,25 @@ class Way:
     def _surely_before(
         self, action: Action, before: Mapping[Action, frozenset[Action]]
     ) -> frozenset[Action]:
-        needed = frozenset[Action]()
-        for ref in action.on:
-            roads = [before[producer] | {producer} for producer in self.producers(ref.name)]
-            needed |= frozenset.intersection(*roads)
-        return needed
+        ways_in = [
+            frozenset.intersection(*(before[producer] | {producer} for producer in producers))
+            for ref in action.on
+            if (producers := self.producers(ref.name))
+        ]
+        # Whichever of the events it is that are enough, one of so many is among them.
+        seen = len(ways_in) - action.enough
+        return frozenset(
+            one
+            for one in frozenset[Action]().union(*ways_in)
+            if sum(one in way_in for way_in in ways_in) > seen
+        )
 
 
 class Saga:
     """A start and all that can follow from it."""
 
     def __init__(self, flow: Flow, start: Action) -> None:
+        self._flow = flow
         self.start = start
         reached = _closure(start, flow.after) | {start}
         self.actions = tuple(action for action in flow.actions if action in reached)
@@ -170,6 +186,12 @@ class Saga:
                 return (self.all_at_once,)
         return tuple(ways)
 
+    @cached_property
+    def deadlines(self) -> tuple[DeadlineSpec, ...]:
+        """Deadlines that count from one of its actions."""
+        inside = {(action.participant, action.name) for action in self.actions}
+        return tuple(one for one in self._flow.deadlines if (one.participant, one.after) in inside)
+
     def __str__(self) -> str:
         return f"the saga of {self.start.emits[0].name}"
 
@@ -180,6 +202,9 @@ class Flow:
     def __init__(self, contracts: Iterable[Contract]) -> None:
         self.contracts = tuple(contracts)
         self.actions = tuple(action for contract in self.contracts for action in _actions(contract))
+        self.deadlines = tuple(
+            one for contract in self.contracts for one in contract.participant.deadlines
+        )
 
     @cached_property
     def sagas(self) -> tuple[Saga, ...]:
@@ -257,12 +282,13 @@ def _actions(contract: Contract) -> Iterator[Action]:
             kind="step", participant=spec.name, name=step.name, on=(step.on,), emits=step.emits,
             rejects=step.rejects, place=step.place, compensation=step.compensation,
             nothing_to_undo=step.nothing_to_undo, exhausted=step.exhausted,
-            external=step.external, resolves=step.resolves,
+            external=step.external, resolves=step.resolves, completes=step.pivot,
+            retriable=step.retriable,
         )  # fmt: skip
     for join in spec.joins:
         yield Action(
             kind="join", participant=spec.name, name=join.name, on=join.on, emits=join.emits,
             rejects=join.rejects, place=join.place, completes=join.completes,
             compensation=join.compensation, nothing_to_undo=join.nothing_to_undo,
-            exhausted=join.exhausted,
+            exhausted=join.exhausted, needs=join.needs,
         )  # fmt: skip

@@ -96,6 +96,35 @@ def abort_beside_decision(flow: Flow) -> Iterator[Finding]:
         )
 
 
+def deadline_far_from_decision(flow: Flow) -> Iterator[Finding]:
+    """A deadline races with the decision on one row lock, so it is where that is."""
+    for saga in flow.sagas:
+        deciders = {action.participant for action in saga.actions if action.completes}
+        for deadline in saga.deadlines if deciders else ():
+            if deadline.participant not in deciders:
+                yield error(
+                    "deadline-far-from-decision",
+                    f"{deadline.participant}.{deadline.name} can abort {saga} while "
+                    f"{listed(sorted(deciders))} completes it: declare the deadline there",
+                    deadline.place,
+                )
+
+
+def retriable_before_decision(flow: Flow) -> Iterator[Finding]:
+    """What can only succeed and is never undone comes after the decision."""
+    for saga in flow.sagas:
+        for action in saga.actions:
+            ways = [way for way in saga.ways if action in way.actions]
+            after = all(any(one in way.before[action] for one in way.decisions) for way in ways)
+            if action.retriable and not after:
+                yield error(
+                    "retriable-before-decision",
+                    f"{action} is retriable, so it is never undone, and can run before {saga} is "
+                    "decided: let it follow the pivot, or give it a compensation instead",
+                    action.place,
+                )
+
+
 def _decisions_and_aborters(flow: Flow) -> Iterator[tuple[Saga, Way, Action, Action]]:
     for saga in flow.sagas:
         for way in saga.ways:
@@ -111,4 +140,6 @@ RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (
     two_decisions,
     abort_after_decision,
     abort_beside_decision,
+    deadline_far_from_decision,
+    retriable_before_decision,
 )

@@ -163,6 +163,10 @@ def _said(flow: Flow) -> Iterator[_Said]:
     for action in flow.actions:
         for ref in (*action.emits, *action.rejects):
             yield _Said(str(action), action.participant, ref, action.place)
+    for deadline in flow.deadlines:
+        name = f"{deadline.participant}.{deadline.name}"
+        for ref in deadline.rejects:
+            yield _Said(name, deadline.participant, ref, deadline.place)
     for contract in flow.contracts:
         for one in contract.publications:
             yield _Said(contract.name, contract.name, one.event, one.place)
@@ -190,7 +194,10 @@ def _place_of_taker(consumer: Contract, ref: EventRef) -> Place | None:
 
 
 def _rejections(flow: Flow) -> dict[str, str]:
-    return {ref.name: str(action) for action in flow.actions for ref in action.rejects}
+    found = {ref.name: str(action) for action in flow.actions for ref in action.rejects}
+    for one in flow.deadlines:
+        found.update({ref.name: f"{one.participant}.{one.name}" for ref in one.rejects})
+    return found
 
 
 RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (

@@ -15,13 +15,18 @@ def no_compensation(flow: Flow) -> Iterator[Finding]:
     """A step that is done before something else aborts the saga has a compensation."""
     for saga in flow.sagas:
         for action in saga.actions:
-            if not action.can_be_undone:
+            if not action.can_be_undone and not action.retriable:
                 yield from _without_compensation(saga, action)
 
 
 def _without_compensation(saga: Saga, action: Action) -> Iterator[Finding]:
     open_ways = [way for way in saga.ways if action in way.actions and not _decided(way, action)]
-    dangers = dict.fromkeys(end for way in open_ways for end in _dangers(way, action))
+    dangers: dict[object, None] = dict.fromkeys(
+        end for way in open_ways for end in _dangers(way, action)
+    )
+    if open_ways:
+        late = (f"the deadline {one.participant}.{one.name}" for one in saga.deadlines)
+        dangers.update(dict.fromkeys(late))
     if dangers:
         yield error(
             "no-compensation",

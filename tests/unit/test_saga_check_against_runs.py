@@ -44,10 +44,11 @@ def choreography(random: Random) -> list[Contract]:
         rejects = (NO,) if random.random() < 0.4 else ()
         undone = place if random.random() < 0.6 else None
         if is_join:
+            needs = 1 if len(on) > 1 and random.random() < 0.4 else None
             joins.append(
                 JoinSpec(
                     participant, f"join_{number}", tuple(on), emits, rejects,
-                    random.random() < 0.7, place, undone,
+                    random.random() < 0.7, place, undone, needs=needs,
                 )
             )  # fmt: skip
         else:
@@ -89,7 +90,7 @@ def possible(flow: Flow, state: State) -> Iterator[State]:
             continue
         names = [ref.name for ref in action.on]
         if action.kind == "join":
-            ready = [0] if all(name in state.events for name in names) else []
+            ready = [0] if sum(name in state.events for name in names) >= action.enough else []
             if action.completes and action.participant in state.completed:
                 ready = []
         else:

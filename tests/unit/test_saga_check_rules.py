@@ -255,6 +255,59 @@ def a_call_that_can_be_asked_about(s: Stage) -> None:
     s.order.join(B, completes=True, name="end")(anything)
 
 
+def a_deadline_far_from_the_decision(s: Stage) -> None:
+    s.stock.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.order.join(B, completes=True, name="end")(anything)
+    s.stock.deadline(rejects=No, minutes=5, name="too_late")(anything)  # found
+
+
+def a_deadline_beside_the_decision(s: Stage) -> None:
+    whole(s)
+    s.order.deadline(rejects=D, minutes=5, name="too_late")(anything)
+    s.service("desk").on(D, name="hear")(lambda event, session: None)
+
+
+def a_step_that_a_deadline_undoes_without_compensation(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything)  # found
+    s.order.join(B, completes=True, name="end")(anything)
+    s.order.deadline(rejects=No, minutes=5, name="too_late")(anything)
+
+
+def a_pivot_and_what_is_retriable_after_it(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.pay.step(on=B, emits=C, rejects=No, pivot=True, name="charge")(anything)
+    s.stock.step(on=C, retriable=True, name="send")(anything)
+
+
+def a_rejection_after_the_pivot(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.pay.step(on=B, emits=C, rejects=No, pivot=True, name="charge")(anything)
+    s.stock.step(on=C, rejects=E, name="send")(anything).compensation(anything)  # found
+
+
+def a_retriable_step_before_the_decision(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, retriable=True, name="take")(anything)  # found
+    s.order.join(B, completes=True, name="end")(anything)
+
+
+def an_any_of_join_whose_other_branch_can_reject(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.pay.step(on=A, emits=C, rejects=No, name="charge")(anything).compensation(anything)  # found
+    s.order.join(B, C, needs=1, completes=True, name="end")(anything)
+
+
+def an_any_of_join_of_what_comes_instead_of_each_other(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=(B, C), rejects=No, name="take")(anything).compensation(anything)
+    s.order.join(B, C, needs=1, completes=True, name="end")(anything)
+
+
 BROKEN: list[tuple[str, str, Declare]] = [
     ("same-name", "error", two_services_of_one_name),
     ("unheard-event", "error", an_event_that_nobody_takes),
@@ -280,10 +333,18 @@ BROKEN: list[tuple[str, str, Declare]] = [
     ("abort-beside-decision", "error", a_rejection_beside_the_decision_under_its_lock),
     ("no-compensation", "error", a_step_before_a_rejection_without_compensation),
     ("no-compensation", "error", a_start_before_a_rejection_without_compensation),
+    ("deadline-far-from-decision", "error", a_deadline_far_from_the_decision),
+    ("no-compensation", "error", a_step_that_a_deadline_undoes_without_compensation),
+    ("abort-after-decision", "error", a_rejection_after_the_pivot),
+    ("retriable-before-decision", "error", a_retriable_step_before_the_decision),
+    ("abort-beside-decision", "error", an_any_of_join_whose_other_branch_can_reject),
     ("uncertain-call", "warning", a_call_that_nobody_can_ask_about),
     ("no-compensation", "warning", a_step_that_only_a_person_can_abort_without_compensation),
 ]
 SOUND: list[Declare] = [
+    a_deadline_beside_the_decision,
+    a_pivot_and_what_is_retriable_after_it,
+    an_any_of_join_of_what_comes_instead_of_each_other,
     a_call_that_can_be_asked_about,
     whole,
     two_services_of_two_names,
