@@ -26,17 +26,18 @@ from outbox.buses.base import Bus, Confirmation, OutgoingMessage
 from outbox.cluster import check_cluster
 from outbox.crash_points import crash_point
 from outbox.cursors import CursorStore
-from outbox.errors import BusError, ConfigurationError, LeaseLost
+from outbox.errors import BusError, ConfigurationError, LeaseLost, SchemaError
 from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
 from outbox.partitions import RETENTION, Partitions
 from outbox.reader import Cursor, LogReader, Page
-from outbox.sql import DEFAULT_SCHEMA
+from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)
 
 _LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _STORE_EVERY: Final = 0.1
+_LASTED: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Relay:
         self._progress = time.monotonic()
         self._leases: Leases | None = None
         self._finished = threading.Event()
+        self._refusals = 0
+        """Batches in a row that the broker did not confirm."""
         self.stats = RelayStats()
 
     def stop(self) -> None:
@@ -129,25 +132,36 @@ class Relay:
         self._stopping.set()
 
     def run(self) -> None:
-        """Relay until `stop` is called. Raises `ConfigurationError` for what waiting would not mend."""
+        """Relay until `stop` is called. Whatever fails is logged and tried again from the stored cursors.
+
+        Raises `ConfigurationError` for what waiting would not mend: no tables (`SchemaError`), another cluster's log,
+        an exchange of another kind.
+        """
         heart = threading.Thread(target=self._keep_leases, name="outbox leases", daemon=True)
         heart.start()
         random = Random()  # noqa: S311 - jitter
         failures = 0
         try:
             while not self._stopping.is_set():
+                began = time.monotonic()
                 try:
                     with self._connect() as connection:
-                        check_cluster(connection, self._schema)
-                        failures = 0
+                        self._check(connection)
                         self._relay(self._on(connection))
+                except ConfigurationError:
+                    raise
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    failures += 1
-                    self.stats.failures += 1
                     log.warning(
                         "database: %s; connecting again", str(error).strip() or type(error).__name__
                     )
-                    self._stopping.wait(min(0.1 * 2**failures, 10) * random.random())
+                except Exception:
+                    log.exception("unexpected; beginning again with new connections")
+                    self._bus.close()
+                else:
+                    continue
+                self.stats.failures += 1
+                failures = failures + 1 if time.monotonic() - began < _LASTED else 1
+                self._stopping.wait(min(0.1 * 2 ** min(failures, 7), 10) * random.random())
         finally:
             self._stopping.set()
             self._finished.set()
@@ -165,6 +179,11 @@ class Relay:
             except psycopg.Error as error:
                 self._leases = None
                 log.warning("leases: %s", str(error).strip() or type(error).__name__)
+                self._stopping.wait(0.5)
+            except Exception:
+                # A relay without this thread would hold no lane and say nothing.
+                self._leases = None
+                log.exception("leases: unexpected; beginning again")
                 self._stopping.wait(0.5)
 
     def _beat_until_stopped(self, leases: Leases) -> None:
@@ -262,6 +281,7 @@ class Relay:
             sent.confirmation.wait()
             crash_point("relay.confirmed")
             at.in_flight.popleft()
+            self._refusals = 0
             sent.group.confirmed = sent.page.cursor
             self.stats.confirmed += len(sent.page.events)
             at.unstored.update(event.lane for event in sent.page.events)
@@ -287,11 +307,12 @@ class Relay:
     def _begin_again(self, at: _Connections, error: BusError) -> None:
         """The broker did not confirm: everything after the last confirmation is read and sent again."""
         self.stats.failures += 1
+        self._refusals += 1
         log.warning("%s; sending again", error)
         at.in_flight.clear()
         for group in at.groups:
             group.read, group.drained = group.confirmed, False
-        self._stopping.wait(min(0.2 * 2 ** min(self.stats.failures, 5), 5) * Random().random())  # noqa: S311
+        self._stopping.wait(min(0.2 * 2 ** min(self._refusals, 5), 5) * Random().random())  # noqa: S311
 
     # --- lanes that come and go
 
@@ -347,6 +368,14 @@ class Relay:
             at.rows = min(at.rows * 2, self._settings.page_rows)
 
     # --- connections
+
+    def _check(self, connection: psycopg.Connection[Any]) -> None:
+        there = in_schema("SELECT to_regclass('{schema}.outbox_cursor')", self._schema).encode()
+        if connection.execute(there).fetchone() == (None,):
+            raise SchemaError(
+                f"schema {self._schema!r} has no tables of 'outbox': run `outbox migrate --schema {self._schema}`"
+            )
+        check_cluster(connection, self._schema)
 
     def _connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(

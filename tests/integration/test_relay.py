@@ -25,7 +25,7 @@ from outbox.buses.topology import Topology
 from outbox.cluster import adopt, check_cluster
 from outbox.cursors import CursorStore
 from outbox.envelope import decode
-from outbox.errors import BusError, ConfigurationError, LeaseLost
+from outbox.errors import BusError, ConfigurationError, LeaseLost, SchemaError
 from outbox.events import Registry
 from outbox.lanes import Leases
 from outbox.partitions import Partitions
@@ -168,6 +168,60 @@ def test_a_broker_that_refuses_gets_everything_again(migrated_engine: Engine) ->
         bus.await_numbers(set(range(40)))
         assert relay.stats.failures == 4
     assert sorted(bus.taken) == list(range(40))
+
+
+def test_the_pause_after_a_refusal_grows_with_refusals_in_a_row_and_not_with_those_of_long_ago(
+    migrated_engine: Engine,
+) -> None:
+    bus = MemoryBus()
+    bus.refuses = 3
+    with running(migrated_engine, bus) as relay:
+        publish(migrated_engine, 1)
+        bus.await_numbers({1})
+        until(lambda: relay.stats.confirmed == 1)
+        assert (relay.stats.failures, relay._refusals) == (3, 0)
+
+
+def test_an_error_that_no_bus_should_raise_is_logged_and_everything_is_sent_again(
+    migrated_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = MemoryBus()
+    send, errors = bus.send, [KeyError("a fault of the bus"), ValueError("another")]
+
+    def faulty(batch: Sequence[OutgoingMessage]) -> _Batch:
+        if errors:
+            raise errors.pop()
+        return send(batch)
+
+    bus.send = faulty  # type: ignore[method-assign]
+    publish(migrated_engine, *range(40))
+    with running(migrated_engine, bus) as relay:
+        bus.await_numbers(set(range(40)))
+        assert relay.stats.failures == 2
+    assert "a fault of the bus" in caplog.text
+    assert sorted(bus.taken) == list(range(40))
+
+
+def test_an_unexpected_error_in_the_leases_thread_is_logged_and_the_lanes_are_taken_again(
+    migrated_engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, beat, errors = MemoryBus(), Leases.beat, [ZeroDivisionError("within a beat")]
+
+    def faulty(leases: Leases) -> None:
+        if errors:
+            raise errors.pop()
+        beat(leases)
+
+    monkeypatch.setattr(Leases, "beat", faulty)
+    publish(migrated_engine, *range(10))
+    with running(migrated_engine, bus):
+        bus.await_numbers(set(range(10)))
+    assert "within a beat" in caplog.text
+
+
+def test_a_relay_without_tables_says_what_to_do(database_url: str) -> None:
+    with pytest.raises(SchemaError, match="outbox migrate --schema outbox"):
+        Relay(database_url, MemoryBus()).run()
 
 
 def test_a_huge_transaction_that_commits_late_is_sent_page_by_page(migrated_engine: Engine) -> None:
