@@ -30,6 +30,7 @@ def compare(old: Contract, new: Contract) -> list[Finding]:
             )
         ]
     findings = [*_starts(old, new), *_reactions(old, new), *_events(old, new)]
+    findings += _deadlines(old, new)
     return in_order([*findings, *_subscriptions(old, new)])
 
 
@@ -134,6 +135,15 @@ def _trigger(before: Reaction, after: Reaction) -> Iterator[Finding]:
             f"{_name(after)} no longer takes {listed(lost)}: {effect}",
             after.place,
         )
+    if isinstance(before, JoinSpec) and isinstance(after, JoinSpec):
+        enough = [one.needs or len(one.on) for one in (before, after)]
+        if set(now) == set(was) and enough[1] < enough[0]:
+            yield warning(
+                "trigger-changed",
+                f"join {_name(after)} needs {enough[1]} of its events where it needed {enough[0]}: a "
+                "saga that has as many already is woken only by the next one",
+                after.place,
+            )
     added = [name for name in now if name not in was]
     if added and isinstance(after, JoinSpec):
         yield error(
@@ -249,6 +259,18 @@ def _starts(old: Contract, new: Contract) -> Iterator[Finding]:
             )
 
 
+def _deadlines(old: Contract, new: Contract) -> Iterator[Finding]:
+    now = {one.name for one in new.participant.deadlines}
+    for before in old.participant.deadlines:
+        if before.name not in now:
+            yield warning(
+                "deadline-removed",
+                f"the deadline {old.name}.{before.name} is gone: those that are owed find no handler "
+                "and become dead letters, and nothing aborts their sagas in time",
+                place_of(new),
+            )
+
+
 def _events(old: Contract, new: Contract) -> Iterator[Finding]:
     """What is on its way, kept by a join, or in the journal can still be read."""
     needed = {ref.name for ref in old.takes} | {ref.name for ref in _kept_for_compensations(old)}
@@ -318,7 +340,7 @@ def _on(one: Reaction) -> tuple[EventRef, ...]:
 
 
 def _completes(one: Reaction) -> bool:
-    return isinstance(one, JoinSpec) and one.completes
+    return one.completes if isinstance(one, JoinSpec) else one.pivot
 
 
 def _name(one: Reaction) -> str:

@@ -151,6 +151,25 @@ def subscription_dropped(s: Stage) -> None:
     s.stock.join(B, C, name="end", completes=True)(anything)
 
 
+def with_deadline(s: Stage) -> None:
+    version_1(s)
+    s.stock.deadline(rejects=No, minutes=5, name="too_late")(anything)
+
+
+def join_that_needs_less(s: Stage) -> None:
+    s.stock.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.stock.join(B, C, needs=1, name="end", completes=True)(anything)  # found
+    s.stock.on(D, name="stock.hear")(hear)
+
+
+def step_that_became_the_pivot(s: Stage) -> None:
+    s.stock.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take", pivot=True)(anything)  # found
+    s.stock.join(B, C, name="end", completes=True)(anything)
+    s.stock.on(D, name="stock.hear")(hear)
+
+
 MET: list[tuple[str, str, Declare]] = [
     ("participant-renamed", "error", another_name),
     ("step-removed", "error", step_removed),
@@ -164,6 +183,8 @@ MET: list[tuple[str, str, Declare]] = [
     ("trigger-changed", "error", join_that_waits_for_more),
     ("trigger-changed", "error", join_that_became_a_step),
     ("decision-moved", "error", join_that_decides_no_more),
+    ("trigger-changed", "warning", join_that_needs_less),
+    ("decision-moved", "error", step_that_became_the_pivot),
     ("emits-changed", "error", another_answer),
     ("new-rejection", "warning", one_more_rejection),
     ("new-rejection", "warning", giving_up),
@@ -190,6 +211,12 @@ def test_an_open_saga_meets_nothing_in_what_is_the_same_to_it(
     after: Declare, tmp_path: Path
 ) -> None:
     assert differences(tmp_path, after) == []
+
+
+def test_a_deadline_that_goes_is_said(tmp_path: Path) -> None:
+    (one,) = differences(tmp_path, version_1, with_deadline)
+    assert (one.rule, one.severity) == ("deadline-removed", "warning")
+    assert differences(tmp_path, with_deadline, version_1) == []
 
 
 def test_an_alias_that_goes_is_said(tmp_path: Path) -> None:
