@@ -133,3 +133,9 @@ def _placing(number: int, customer: str, country: str, quantities: dict[str, int
         quantities=quantities,
     )
     return Request("order", place, name=f"{customer} orders {quantities}")
+
+
+if __name__ == "__main__":
+    from saga.testing import command
+
+    command.run(simulation())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -239,7 +240,8 @@ class _Run:
             if self.left["outage"] and not node.down_for:
                 yield f"{node.name} is out", self._outage(node)
         if self.left["jump"]:
-            yield "two minutes pass", self._jump
+            yield "two minutes pass", partial(self._jump, timedelta(minutes=2))
+            yield "an hour passes", partial(self._jump, timedelta(hours=1))
 
     # --- doing it
 
@@ -306,9 +308,9 @@ class _Run:
 
         return go_down
 
-    def _jump(self) -> None:
+    def _jump(self, by: timedelta) -> None:
         self.left["jump"] -= 1
-        self.world.now += timedelta(minutes=2)
+        self.world.now += by
 
     def _give_back(self, process: Process) -> None:
         """The broker delivers again what a dead worker had not acked."""

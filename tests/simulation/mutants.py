@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
+from uuid import UUID
 
 from sqlalchemy.orm import Session
 
@@ -23,18 +24,20 @@ from examples.order_saga.inventory.service import inventory
 from examples.order_saga.order.service import order
 from examples.order_saga.shipping.service import shipping
 from examples.order_saga.users.service import users
+from examples.trip_saga.trips import trips
 from outbox import attempt, inbox
 from outbox.inbox import Arrival
 from outbox.transactions import DeliverySession
+from saga.deadline import run_deadline
 from saga.join import join_key
-from saga.journal import RunKey
+from saga.journal import RunKey, SagaRow, SagaState
 from saga.runtime import saga_id_of
 from saga.step import Run, perform
 from saga.store import SqlJournal
 from saga.testing.world import Message, Node
 
 Mutant = Callable[[], AbstractContextManager[Any]]
-PARTICIPANTS = (order, inventory, users, shipping)
+PARTICIPANTS = (order, inventory, users, shipping, trips)
 
 
 @contextmanager
@@ -142,6 +145,28 @@ def join_after_abort() -> AbstractContextManager[Any]:
     return _with_handler("run_join", run_join)
 
 
+class _Blind(SqlJournal):
+    """A journal that sees every saga running, and moves it from wherever it stands."""
+
+    def lock(self, saga_id: UUID) -> SagaRow:
+        return replace(super().lock(saga_id), state=SagaState.RUNNING)
+
+    def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
+        anywhere = saga.store._MOVE_SAGA.replace("AND state = :before", "")
+        self._execute(anywhere, saga_id=saga.saga_id, after=state, stuck=stuck, reason=reason)
+        return replace(saga, state=state, stuck=stuck, reason=reason)
+
+
+def deadline_ignoring_state() -> AbstractContextManager[Any]:
+    """A deadline aborts what is decided."""
+
+    def run(runtime: Any, deadline: Any, delivery: Any, session: Any) -> None:
+        blind = replace(runtime, open_journal=lambda one: _Blind(one, runtime.participant))
+        run_deadline(blind, deadline, delivery, session)
+
+    return _with_handler("run_deadline", run)
+
+
 def no_row_lock_on_the_saga() -> AbstractContextManager[Any]:
     """Two operations on one saga read its state at the same time."""
     return patch.object(saga.store, "_LOCK_SAGA", saga.store._LOCK_SAGA.replace("FOR UPDATE", ""))
@@ -235,3 +260,5 @@ MUTANTS: dict[str, Mutant] = {
     "early_ack": early_ack,
     "empty_compensation_unguarded": empty_compensation_unguarded,
 }
+TRIP_MUTANTS: dict[str, Mutant] = {"deadline_ignoring_state": deadline_ignoring_state}
+"""Those that need what the order example does not have."""

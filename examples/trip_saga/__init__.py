@@ -1,0 +1,1 @@
+"""A trip booked with whoever answers first, paid last: a chain, an any-of join, a pivot, a deadline."""

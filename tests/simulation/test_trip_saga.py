@@ -1,0 +1,55 @@
+"""Schedules of the trip example: a chain, an any-of join, a pivot and a deadline, whatever comes between."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from examples.trip_saga.simulated import simulation
+from saga.testing.simulation import Simulation
+from saga.testing.world import World
+from tests.simulation.mutants import TRIP_MUTANTS
+from tests.simulation.test_order_saga import FOUND_WITHIN, SCHEDULES, SEED
+
+SAID = ("trip.booked", "trip.timed_out", "trip.not_paid", "trip.nobody_goes", "hotel.no_room")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def trips() -> Simulation:
+    return simulation()
+
+
+@pytest.mark.timeout(3600)
+def test_every_schedule_of_fresh_seeds_leaves_every_trip_whole(trips: Simulation) -> None:
+    print(f"seeds from {SEED * 100}")
+    report = trips.run(SCHEDULES, SEED * 100)
+    assert report.faults > SCHEDULES
+
+
+def test_the_schedules_see_every_end(trips: Simulation) -> None:
+    ends: Counter[str] = Counter()
+
+    def note(world: World) -> None:
+        for node in world.nodes.values():
+            ends.update(row["type"] for row in node.rows("outbox_event"))
+
+    replace(trips, invariants=[*trips.invariants, note]).run(40)
+    assert all(ends[one] for one in SAID), ends
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mutant", TRIP_MUTANTS.values(), ids=TRIP_MUTANTS.keys())
+def test_a_runtime_with_one_thing_taken_away_is_found(trips: Simulation, mutant: object) -> None:
+    with mutant():  # type: ignore[operator]
+        assert trips.first_failure(FOUND_WITHIN) is not None
