@@ -104,6 +104,8 @@ class StepSpec:
     """Whether its commit decides the saga: from there it only goes forward."""
     retriable: bool = False
     """Whether it comes after the pivot: it never rejects and is never undone."""
+    opens: EventRef | None = None
+    """The event of another saga that it starts, and whose end it waits for."""
     delay_seconds: float | None = None
     """How long after its event it runs; None: at once."""
 

@@ -250,6 +250,57 @@ class ExternalStep(Step[P, R]):
             )
 
 
+class ChildSaga(Step[P, R]):
+    """A step that starts another saga and waits for its end. Made by `@participant.child(...)`."""
+
+    kind = "child saga"
+
+    def __init__(self, function: Callable[P, R], *, opens: EventType, **declared: Any) -> None:
+        self.opens = opens
+        self.on_completed: Callable[..., Any] | None = None
+        self.on_aborted: Callable[..., Any] | None = None
+        super().__init__(function, **declared)
+
+    def completed(self, function: F_) -> F_:
+        """The decorated function says what the step emits once the child saga is completed.
+
+        It takes the triggering event and the session, and runs in the transaction that publishes.
+        """
+        self.on_completed = self._end(function, "completed", self.on_completed)
+        return function
+
+    def aborted(self, function: F_) -> F_:
+        """The decorated function says what the step rejects with once the child saga is aborted.
+
+        It takes the triggering event and the session.
+        """
+        self.on_aborted = self._end(function, "aborted", self.on_aborted)
+        return function
+
+    def refuse_what_is_missing(self) -> None:
+        """Raise `ConfigurationError` unless both ends of the child have been declared."""
+        for name, end in (("completed", self.on_completed), ("aborted", self.on_aborted)):
+            if end is None:
+                raise ConfigurationError(
+                    f"{self.place}: {self.kind} {self} does not say what follows when its saga is "
+                    f"{name}: @{self.name}.{name}"
+                )
+
+    def _end(self, function: F_, name: str, before: object) -> F_:
+        what = f"{Place.of_function(function)}: the {name} end of {self}"
+        if before is not None:
+            raise ConfigurationError(f"{what} is its second one")
+        _check_parameters(function, self._parameters(), what)
+        return function
+
+    def _refuse_mistakes(self) -> None:
+        super()._refuse_mistakes()
+        if not self.rejects:
+            raise ConfigurationError(
+                f"{self.place}: {self.kind} {self} needs rejects=..., for when its saga is aborted"
+            )
+
+
 class Join(Reaction[P, R]):
     """A declared join. Made by `@participant.join(...)`."""
 

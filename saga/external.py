@@ -177,7 +177,7 @@ def finish_call(
     if before is StepState.HAPPENED and not answer.took_effect:
         raise Busy(f"{key}: a person has said meanwhile that it happened")
     if saga.state.aborted:
-        _end_in_an_aborted_saga(runtime, journal, run, answer)
+        end_in_an_aborted_saga(runtime, journal, run, answer)
     elif answer.rejection is not None:
         reject(runtime, journal, step, run, answer.rejection)
     elif answer.took_effect:
@@ -204,7 +204,8 @@ def _record(
     return working.published
 
 
-def _end_in_an_aborted_saga(runtime: Runtime, journal: Journal, run: Run, answer: Answer) -> None:
+def end_in_an_aborted_saga(runtime: Runtime, journal: Journal, run: Run, answer: Answer) -> None:
+    """A result came of a run whose saga was aborted meanwhile: undo it, or note that there is none."""
     key, body = run.key, run.trigger.body
     assert run.before is not None
     if answer.took_effect:

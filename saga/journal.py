@@ -249,6 +249,12 @@ class Journal(Protocol):
     def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
         """The events that have come for a join: their exact envelopes by event type."""
 
+    def adopt(self, child_id: UUID, parent: RunKey) -> None:
+        """Note that a run has opened another saga and waits for its end."""
+
+    def parent(self, child_id: UUID) -> RunKey | None:
+        """The run that has opened a saga; None where none has."""
+
     def know(self, peer: str, takes: Collection[str], since: UUID) -> bool:
         """Note the event types that a peer's steps and joins answer; whether it was unknown.
 

@@ -27,6 +27,7 @@ from outbox.events import registry as default_registry
 from outbox.service import RetryPolicy
 from outbox.sql import DEFAULT_SCHEMA
 from saga import peers, renamed, retention
+from saga.child import hear_of_child, run_child
 from saga.choreography import (
     Exhausted,
     ParticipantSpec,
@@ -35,6 +36,7 @@ from saga.choreography import (
 from saga.context import SAGA_ID, Emission, current
 from saga.deadline import run_deadline
 from saga.declaration import (
+    ChildSaga,
     Deadline,
     EventClasses,
     ExternalStep,
@@ -163,6 +165,46 @@ class Participant(Wiring):
                 self._add_reaction(step, finish_call, park_step, retry, prepare)
             else:
                 self._add_reaction(step, run_step, park_step, retry)
+            return step
+
+        return declare
+
+    def child(
+        self,
+        *,
+        on: type[Any],
+        opens: type[Any],
+        rejects: EventClasses,
+        emits: EventClasses = None,
+        nothing_to_undo: str | None = None,
+        name: str | None = None,
+        retry: RetryPolicy | None = None,
+        compensation_retry: RetryPolicy | None = None,
+    ) -> Callable[[Callable[P, R]], ChildSaga[P, R]]:
+        """Declare a step that starts another saga, and is done once that one is completed.
+
+        The decorated `fn(event, session)` returns the first event of the other saga, of class
+        *opens* (which `starts` or `compensation` has declared), or raises `Reject`. What the step
+        emits in the end is said by its `.completed`, what it rejects with when the other saga is
+        aborted by its `.aborted`. Its compensation undoes a completed one, say with a saga that
+        takes it back. Raises `ConfigurationError`.
+        """
+        place = Place.of_caller()
+        what = f"{place}: a child saga of {self.name}"
+        triggers = event_types(on, self.registry, what)
+        (opened,) = event_types(opens, self.registry, what)
+        answers = event_types(emits, self.registry, what)
+        refusals = event_types(rejects, self.registry, what)
+
+        def declare(function: Callable[P, R]) -> ChildSaga[P, R]:
+            step = ChildSaga(
+                function, owner=self._owner, name=name or function.__name__, place=place,
+                on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
+                opens=opened,
+            )  # fmt: skip
+            self._declare(step, compensation_retry)
+            self._add_reaction(step, run_child, park_step, retry)
+            self._add_child(step, partial(hear_of_child, self._runtime, step))
             return step
 
         return declare

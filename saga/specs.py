@@ -14,7 +14,7 @@ from saga.choreography import (
     StartSpec,
     StepSpec,
 )
-from saga.declaration import Deadline, Join, Reaction, Start, Step
+from saga.declaration import ChildSaga, Deadline, Join, Reaction, Start, Step
 
 
 def spec_of(name: str, reactions: Iterable[Reaction[..., Any]]) -> ParticipantSpec:
@@ -46,6 +46,7 @@ def _step(one: Step[..., Any]) -> StepSpec:
         one.owner.participant, one.name, on, _refs(one.emits), _refs(one.rejects), one.place,
         one.undo_place, one.nothing_to_undo, one.exhausted, one.was, one.is_external,
         one.resolver is not None, pivot=one.completes, retriable=one.retriable,
+        opens=EventRef.to(one.opens) if isinstance(one, ChildSaga) else None,
         delay_seconds=None if one.delay is None else one.delay.total_seconds(),
     )  # fmt: skip
 

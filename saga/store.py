@@ -119,6 +119,14 @@ _ARRIVED: Final = """
 SELECT "join", event_id FROM {schema}.saga_join_arrival
 WHERE saga_id = :saga_id AND participant = :participant
 """
+_ADOPT: Final = """
+INSERT INTO {schema}.saga_child (child_id, participant, saga_id, step, trigger_id)
+VALUES (:child_id, :participant, :saga_id, :step, :trigger_id)
+"""
+_PARENT: Final = """
+SELECT saga_id, step, trigger_id FROM {schema}.saga_child
+WHERE child_id = :child_id AND participant = :participant
+"""
 _KNOW_PEER: Final = """
 INSERT INTO {schema}.saga_peer (participant, peer, takes, since)
 VALUES (:participant, :peer, :takes, :since) ON CONFLICT DO NOTHING RETURNING true
@@ -289,6 +297,13 @@ class SqlJournal:
     def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
         rows = self._execute(_ARRIVALS, saga_id=saga_id, join_name=join)
         return {row.type: row.body for row in rows}
+
+    def adopt(self, child_id: UUID, parent: RunKey) -> None:
+        self._execute(_ADOPT, child_id=child_id, **_columns(parent))
+
+    def parent(self, child_id: UUID) -> RunKey | None:
+        row = self._execute(_PARENT, child_id=child_id).one_or_none()
+        return None if row is None else RunKey(row.saga_id, row.step, row.trigger_id)
 
     def know(self, peer: str, takes: Collection[str], since: UUID) -> bool:
         values = {"peer": peer, "takes": sorted(takes), "since": since}

@@ -111,6 +111,16 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
         schema=schema,
     )
     own_table(
+        "saga_child",
+        metadata,
+        Column("child_id", Uuid, nullable=False),
+        *_of_a_saga(schema),
+        Column("step", Text, nullable=False),
+        Column("trigger_id", Uuid, nullable=False),
+        PrimaryKeyConstraint("child_id", "participant"),
+        schema=schema,
+    )
+    own_table(
         "saga_peer",
         metadata,
         Column("participant", Text, nullable=False),

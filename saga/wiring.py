@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from outbox.errors import ConfigurationError
 from outbox.events import EventType
-from outbox.service import Handler, RetryPolicy, Service
+from outbox.service import Delivery, Handler, RetryPolicy, Service
 from saga import control, decisions, peers
 from saga.choreography import Place
 from saga.declaration import Deadline, Owner, Reaction, Start, Step
@@ -117,6 +117,17 @@ class Wiring(Service):
             self._add(replace(handler, name=later, subscribes=False))
             handler = replace(handler, run=partial(put_off, self._runtime, reaction), prepare=None)
         self._add(handler)
+
+    def _add_child(self, step: Reaction[..., Any], hear: Callable[[Delivery, Any], None]) -> None:
+        self._add(
+            Handler(
+                name=f"{self._runtime.handler(step.name)}.child",
+                event_types=frozenset({control.COMPLETED.name, control.ABORTED.name}),
+                run=hear,
+                retry=PATIENT,
+                exhausted=partial(decisions.park_decision, self._runtime),
+            )
+        )
 
     def stand_in(self, name: str) -> Handler:
         """As of any service; a compensation that is not here any more makes the saga stuck."""

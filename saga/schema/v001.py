@@ -83,6 +83,18 @@ UP: Final = (
     )
     """,
     "CREATE INDEX saga_intervention_of_saga ON {schema}.saga_intervention (saga_id, participant)",
+    # Which run opened which saga, and waits for its end.
+    """
+    CREATE TABLE {schema}.saga_child (
+        child_id    uuid        NOT NULL,
+        participant text        NOT NULL,
+        saga_id     uuid        NOT NULL,
+        step        text        NOT NULL,
+        trigger_id  uuid        NOT NULL,
+        PRIMARY KEY (child_id, participant),
+        FOREIGN KEY (saga_id, participant) REFERENCES {schema}.saga ON DELETE CASCADE
+    )
+    """,
     # Whose steps answer which events, as each participant has said of itself.
     """
     CREATE TABLE {schema}.saga_peer (
@@ -108,6 +120,6 @@ UP: Final = (
 )
 
 DOWN: Final = (
-    "DROP TABLE {schema}.saga_intervention, {schema}.saga_peer, {schema}.saga_peer_undone, "
+    "DROP TABLE {schema}.saga_child, {schema}.saga_intervention, {schema}.saga_peer, {schema}.saga_peer_undone, "
     "{schema}.saga_join_arrival, {schema}.saga_step, {schema}.saga",
 )
