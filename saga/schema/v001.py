@@ -87,8 +87,8 @@ UP: Final = (
     """
     CREATE TABLE {schema}.saga_child (
         child_id    uuid        NOT NULL,
-        participant text        NOT NULL,
         saga_id     uuid        NOT NULL,
+        participant text        NOT NULL,
         step        text        NOT NULL,
         trigger_id  uuid        NOT NULL,
         PRIMARY KEY (child_id, participant),
