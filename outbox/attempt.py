@@ -19,11 +19,12 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox import dead_letters, inbox, pending, quarantine
+from outbox import dead_letters, inbox, ordering, pending, quarantine
 from outbox.context import handling
 from outbox.crash_points import crash_point
 from outbox.envelope import Envelope
 from outbox.inbox import Arrival
+from outbox.ordering import Turn
 from outbox.pending import Noted
 from outbox.service import Delivery, Handler, Service
 from outbox.statements import statement
@@ -60,6 +61,8 @@ class Outcome(StrEnum):
     """It is a dead letter, now or from before."""
     STALE = "stale"
     """It was addressed to the handler by a note that is gone: settled or withdrawn meanwhile."""
+    EARLY = "early"
+    """Others of its key come first; it is owed until its turn has come."""
     QUARANTINED = "quarantined"
 
 
@@ -110,6 +113,16 @@ class Work:
             key_seq=self.key_seq,
         )
 
+    @property
+    def place(self) -> ordering.Place | None:
+        """Its place in the order of its key; None where its type has no order."""
+        envelope = self.envelope
+        if self.key_seq is None or envelope.key is None:
+            return None
+        return ordering.Place(
+            self.handler.name, envelope.source, envelope.type, envelope.key, self.key_seq
+        )
+
     def __str__(self) -> str:
         return f"{self.envelope.type} {self.envelope.id} for {self.handler.name}"
 
@@ -149,6 +162,9 @@ def prepare(
     if _open(session, work).owed is None:
         return Outcome.STALE
     assert work.handler.prepare is not None
+    when, wait = _turn(session, work)
+    if when is Turn.EARLY:
+        return _put_by(session, work, attempt, wait)
     with handling(work.envelope, work.service.name):
         call = work.handler.prepare(
             Delivery(work.envelope, event, attempt, work.handler.name), session
@@ -185,6 +201,10 @@ def deliver(
         raise NotBegun(str(error)) from error
     if arrival is not Arrival.FIRST and result is None:
         return _settle_repeated(session, work, arrival)
+    when, wait = _turn(session, work)
+    if when is Turn.EARLY:
+        inbox.take_back(session, work.envelope.id, work.handler.name, schema=work.schema)
+        return _put_by(session, work, attempt, wait)
     crash_point("receive.begun")
     delivery = Delivery(work.envelope, event, attempt, work.handler.name, result)
     with handling(work.envelope, work.service.name):
@@ -193,6 +213,8 @@ def deliver(
     crash_point("receive.handled")
     if noted:
         pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
+    if when is Turn.NOW and work.place is not None:
+        ordering.move_on(session, work.place, schema=work.schema)
     return Outcome.HANDLED
 
 
@@ -246,7 +268,7 @@ def _quarantine(session: Session, work: Work, reason: str) -> Outcome:
     log.error("%s quarantined: %s", work, reason)
     quarantine.put(
         session, work.service.name, work.envelope.body, reason,
-        headers={"handler": work.handler.name}, schema=work.schema,
+        headers={"handler": work.handler.name}, key_seq=work.key_seq, schema=work.schema,
     )  # fmt: skip
     pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
     return Outcome.QUARANTINED
@@ -282,6 +304,22 @@ def _enter(session: Session, work: Work) -> Arrival:
             # Without the cause, which would make it look like something to try again at once.
             raise Busy(f"{work} is being handled by another worker") from None
         raise
+
+
+def _turn(session: Session, work: Work) -> tuple[Turn, timedelta]:
+    if work.place is None:
+        return Turn.NOW, timedelta(0)
+    try:
+        return ordering.turn(session, work.place, schema=work.schema)
+    except DBAPIError as error:
+        if is_lock_timeout(error):
+            raise Busy(f"another event of the key of {work} is being handled") from None
+        raise
+
+
+def _put_by(session: Session, work: Work, attempt: int, wait: timedelta) -> Outcome:
+    pending.owe(session, work.owed, "early", delay=wait, attempts=attempt - 1, schema=work.schema)
+    return Outcome.EARLY
 
 
 def _settle_repeated(session: Session, work: Work, arrival: Arrival) -> Outcome:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from outbox import pending
+from outbox import ordering, pending
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement, storable
 
@@ -169,13 +169,17 @@ def discard(
     limit: int | None = None,
     schema: str = DEFAULT_SCHEMA,
 ) -> int:
-    """Delete them for good, each logged with *reason*; returns how many."""
+    """Delete them for good, each logged with *reason*; returns how many.
+
+    What waited behind one in the order of its key is delivered.
+    """
     letters = _remove(session, matching, limit, schema)
     for letter in letters:
         log.warning(
             "dead letter %d discarded (%s): event %s %s for %s, which failed with %s",
             letter.id, reason, letter.type, letter.event_id, letter.handler, letter.error,
         )  # fmt: skip
+        ordering.pass_over(session, letter.body, letter.key_seq, letter.handler, schema=schema)
     return len(letters)
 
 

@@ -21,7 +21,7 @@ from outbox.envelope import Envelope
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.statements import statement, storable
 
-Reason = Literal["retry", "crash", "redrive", "timer"]
+Reason = Literal["retry", "crash", "redrive", "timer", "early"]
 
 EVERY_HANDLER: Final = "*"
 """Stands for the handler where a quarantined message is fed through again."""

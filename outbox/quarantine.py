@@ -18,7 +18,7 @@ from uuid import UUID, uuid5
 
 from sqlalchemy.orm import Session
 
-from outbox import pending
+from outbox import ordering, pending
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement, storable
 
@@ -36,8 +36,8 @@ SET times_seen = times_seen + 1, last_seen = clock_timestamp(), reason = :reason
 WHERE service = :service AND digest = :digest RETURNING id
 """
 _INSERT = """
-INSERT INTO {schema}.quarantine (service, digest, reason, headers, body)
-VALUES (:service, :digest, :reason, :headers, :body)
+INSERT INTO {schema}.quarantine (service, digest, reason, headers, key_seq, body)
+VALUES (:service, :digest, :reason, :headers, :key_seq, :body)
 ON CONFLICT (service, digest) DO UPDATE SET
     times_seen = {schema}.quarantine.times_seen + 1, last_seen = clock_timestamp()
 RETURNING id
@@ -46,7 +46,7 @@ _EVICT = """
 DELETE FROM {schema}.quarantine WHERE service = :service AND id <= :newest - :max_rows
 RETURNING id
 """
-_COLUMNS = "id, service, digest, reason, headers, body, times_seen, first_seen, last_seen"
+_COLUMNS = "id, service, digest, reason, headers, key_seq, body, times_seen, first_seen, last_seen"
 _LIST = f"""
 SELECT {_COLUMNS} FROM {{schema}}.quarantine
 WHERE (CAST(:service AS text) IS NULL OR service = :service) AND id < :before
@@ -66,6 +66,7 @@ class Quarantined:
     """SHA-256 of all of the message's bytes, also of those that were cut off."""
     reason: str
     headers: str
+    key_seq: int | None
     body: bytes
     times_seen: int
     first_seen: datetime
@@ -84,13 +85,14 @@ def put(
     reason: str,
     *,
     headers: Mapping[str, Any] | None = None,
+    key_seq: int | None = None,
     schema: str = DEFAULT_SCHEMA,
     max_rows: int = MAX_ROWS,
 ) -> int:
     """Keep a message, in the caller's transaction; returns its id. Copies of one body share a row."""
     if len(body) > MAX_BODY_BYTES:
         reason = f"{reason} (the first {MAX_BODY_BYTES:,} of {len(body):,} bytes are kept)"
-    values = {
+    values: dict[str, object] = {
         "service": service,
         "digest": hashlib.sha256(body).digest(),
         "reason": storable(reason, _MAX_REASON),
@@ -98,7 +100,9 @@ def put(
     seen = session.execute(statement(_SEEN_AGAIN, schema), values).scalar()
     if seen is not None:
         return int(seen)
-    values |= {"headers": _as_text(headers or {}), "body": body[:MAX_BODY_BYTES]}
+    values |= {
+        "headers": _as_text(headers or {}), "key_seq": key_seq, "body": body[:MAX_BODY_BYTES],
+    }  # fmt: skip
     newest = int(session.execute(statement(_INSERT, schema), values).scalar_one())
     _evict_oldest(session, service, newest, max_rows, schema)
     return newest
@@ -149,6 +153,7 @@ def redrive(session: Session, id: int, *, schema: str = DEFAULT_SCHEMA) -> bool:
             event_id=redrive_id(message.service, message.body),
             type=pending.UNREAD,
             body=message.body,
+            key_seq=message.key_seq,
         ),
         "redrive",
         schema=schema,
@@ -157,7 +162,10 @@ def redrive(session: Session, id: int, *, schema: str = DEFAULT_SCHEMA) -> bool:
 
 
 def discard(session: Session, id: int, reason: str, *, schema: str = DEFAULT_SCHEMA) -> bool:
-    """Delete the message for good, logging *reason*. False where there is none."""
+    """Delete the message for good, logging *reason*. False where there is none.
+
+    What waited behind it in the order of its key is delivered.
+    """
     row = session.execute(statement(_REMOVE, schema), {"id": id}).one_or_none()
     if row is None:
         return False
@@ -165,6 +173,7 @@ def discard(session: Session, id: int, reason: str, *, schema: str = DEFAULT_SCH
         "quarantined message %d of %s discarded (%s): %s; it was there because %s",
         id, row.service, bytes(row.digest).hex()[:16], reason, row.reason,
     )  # fmt: skip
+    ordering.pass_over(session, bytes(row.body), row.key_seq, schema=schema)
     return True
 
 

@@ -118,18 +118,25 @@ class Receiver:
         *headers* are kept with a message that is quarantined. Raises `NotSettled`.
         """
         if handler == pending.EVERY_HANDLER:
-            return self._receive_redriven(body, headers)
+            return self._receive_redriven(body, key_seq, headers)
         return self._receive(body, handler, key_seq, redelivered, headers, is_redriven=False)
 
     def quarantine(
-        self, body: bytes, reason: str, headers: Mapping[str, Any] | None = None
+        self,
+        body: bytes,
+        reason: str,
+        headers: Mapping[str, Any] | None = None,
+        *,
+        key_seq: int | None = None,
     ) -> Receipt:
         """Keep a message that is not even an envelope. Raises `NotSettled`."""
         name, schema = self.service.name, self.service.schema
         log.error("message quarantined: %s", reason)
 
         def put(session: Session) -> None:
-            quarantine.put(session, name, body, reason, headers=headers, schema=schema)
+            quarantine.put(
+                session, name, body, reason, headers=headers, key_seq=key_seq, schema=schema
+            )
 
         self._transactions.settled(put)
         return Receipt(refused=reason)
@@ -150,7 +157,7 @@ class Receiver:
             if not handler and not is_redriven:
                 self._refuse_forgotten(envelope)
         except MalformedMessage as error:
-            return self.quarantine(body, str(error), headers)
+            return self.quarantine(body, str(error), headers, key_seq=key_seq)
         payload = _Payload(envelope, self.service.registry)
         outcomes = {
             one.name: self._deliver(
@@ -165,7 +172,9 @@ class Receiver:
         }  # fmt: skip
         return Receipt(envelope.id, envelope.type, outcomes)
 
-    def _receive_redriven(self, body: bytes, headers: Mapping[str, Any] | None) -> Receipt:
+    def _receive_redriven(
+        self, body: bytes, key_seq: int | None, headers: Mapping[str, Any] | None
+    ) -> Receipt:
         """Feed a quarantined message through; its note goes when all its handlers are settled."""
         id = quarantine.redrive_id(self.service.name, body)
         schema, lease = self.service.schema, self.settings.transaction.lease
@@ -177,9 +186,10 @@ class Receiver:
         if noted is None:
             return Receipt(outcomes={pending.EVERY_HANDLER: Outcome.STALE})
         if noted.number > self.service.retry.attempts:
-            receipt = self.quarantine(body, "each time it was fed through, the worker died")
+            reason = "each time it was fed through, the worker died"
+            receipt = self.quarantine(body, reason, key_seq=key_seq)
         else:
-            receipt = self._receive(body, None, None, False, headers, is_redriven=True)
+            receipt = self._receive(body, None, key_seq, False, headers, is_redriven=True)
         self._transactions.settled(
             lambda session: pending.withdraw(session, pending.EVERY_HANDLER, id, schema=schema)
         )

@@ -209,10 +209,30 @@ def _receiving(metadata: MetaData, schema: str) -> None:
         moment("created_at"),
         PrimaryKeyConstraint("handler", "event_id"),
         CheckConstraint(
-            "reason IN ('retry', 'crash', 'redrive', 'timer')",
+            "reason IN ('retry', 'crash', 'redrive', 'timer', 'early')",
             name="pending_delivery_reason_check",
         ),
         Index("pending_delivery_due", "service", "next_attempt_at"),
+        Index(
+            "pending_delivery_early",
+            "handler",
+            "type",
+            "key",
+            "key_seq",
+            postgresql_where=text("reason = 'early'"),
+        ),
+        schema=schema,
+    )
+    own_table(
+        "inbox_order",
+        metadata,
+        Column("handler", Text, nullable=False),
+        Column("source", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("key", Text, nullable=False),
+        Column("next_seq", BigInteger),
+        moment("seen_at"),
+        PrimaryKeyConstraint("handler", "source", "type", "key"),
         schema=schema,
     )
 
@@ -244,6 +264,7 @@ def _waiting_for_a_person(metadata: MetaData, schema: str) -> None:
         Column("digest", LargeBinary, nullable=False),
         Column("reason", Text, nullable=False),
         Column("headers", Text, nullable=False),
+        Column("key_seq", BigInteger),
         Column("body", LargeBinary, nullable=False),
         Column("times_seen", Integer, nullable=False, server_default=text("1")),
         moment("first_seen"),

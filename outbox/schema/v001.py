@@ -113,7 +113,7 @@ UP: Final = (
         handler         text        NOT NULL,
         event_id        uuid        NOT NULL,
         reason          text        NOT NULL
-                        CHECK (reason IN ('retry', 'crash', 'redrive', 'timer')),
+                        CHECK (reason IN ('retry', 'crash', 'redrive', 'timer', 'early')),
         attempts        integer     NOT NULL DEFAULT 0,
         sends           integer     NOT NULL DEFAULT 0,
         next_attempt_at timestamptz NOT NULL,
@@ -127,6 +127,22 @@ UP: Final = (
     )
     """,
     "CREATE INDEX pending_delivery_due ON {schema}.pending_delivery (service, next_attempt_at)",
+    """
+    CREATE INDEX pending_delivery_early ON {schema}.pending_delivery (handler, type, key, key_seq)
+    WHERE reason = 'early'
+    """,
+    # Which number of an ordered key a handler takes next; null until that is known.
+    """
+    CREATE TABLE {schema}.inbox_order (
+        handler  text        NOT NULL,
+        source   text        NOT NULL,
+        type     text        NOT NULL,
+        key      text        NOT NULL,
+        next_seq bigint,
+        seen_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (handler, source, type, key)
+    )
+    """,
     # --- what waits for a person
     """
     CREATE TABLE {schema}.dead_letter (
@@ -152,6 +168,7 @@ UP: Final = (
         digest      bytea       NOT NULL,
         reason      text        NOT NULL,
         headers     text        NOT NULL,
+        key_seq     bigint,
         body        bytea       NOT NULL,
         times_seen  integer     NOT NULL DEFAULT 1,
         first_seen  timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -163,7 +180,7 @@ UP: Final = (
 
 DOWN: Final = (
     "DROP TABLE {schema}.quarantine, {schema}.dead_letter, {schema}.pending_delivery, "
-    "{schema}.inbox, {schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, "
+    "{schema}.inbox_order, {schema}.inbox, {schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, "
     "{schema}.outbox_lease, {schema}.outbox_cursor, {schema}.outbox_event",
     "DROP SEQUENCE {schema}.outbox_event_position",
 )

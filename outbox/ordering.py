@@ -1,0 +1,147 @@
+"""Ordered keys: a handler gets the events of one key in the order of their commits.
+
+Events of an `ordered=True` type carry a sequence without gaps per key, given in the publishing
+transaction. The row here says which number a handler takes next of a key. A delivery that comes
+before its turn is put by as owed (reason *early*), with no attempt used up; the one whose turn it is
+moves the row on and makes the next one due.
+
+Why the order holds at any concurrency: the row is locked from the look at it until the handler's
+commit, so the deliveries of one key are handled one after the other, each only at its turn. Why
+nothing waits for ever: putting by and moving on take the same lock. Either the early one was put by
+before, and moving on finds it and makes it due; or it looks after, and finds its turn come. One that
+failed, is tried again later, or is a dead letter keeps its number, so it holds up its own key and no
+other, until it is redriven or discarded (`pass_over`).
+
+A subscriber that is new sees a key first somewhere in the middle. What comes first is put by for a
+moment (`SETTLE`), so that what it has overtaken can arrive; then the lowest number there begins. A
+lower one that comes later still is handled when it comes: late, but never lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum, auto
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from outbox.envelope import decode
+from outbox.errors import MalformedMessage
+from outbox.pending import DUE_AT_ONCE
+from outbox.sql import DEFAULT_SCHEMA
+from outbox.statements import statement
+
+SETTLE: Final = timedelta(seconds=3)
+"""How long the first event seen of a key that is not its first one waits for those before it."""
+PUT_BY: Final = timedelta(minutes=10)
+"""After this an early delivery looks again by itself, whatever became of the one before it."""
+
+_FIRST_SEEN: Final = """
+INSERT INTO {schema}.inbox_order (handler, source, type, key, next_seq)
+VALUES (:handler, :source, :type, :key, CASE WHEN :seq = 1 THEN 1 END)
+ON CONFLICT DO NOTHING RETURNING true
+"""
+_LOCK: Final = """
+SELECT next_seq, seen_at + :settle <= clock_timestamp() AS settled FROM {schema}.inbox_order
+WHERE handler = :handler AND source = :source AND type = :type AND key = :key FOR UPDATE
+"""
+_LOWEST: Final = """
+SELECT min(key_seq) FROM {schema}.pending_delivery
+WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
+"""
+_MOVE_ON: Final = """
+UPDATE {schema}.inbox_order SET next_seq = :next
+WHERE handler = :handler AND source = :source AND type = :type AND key = :key
+"""
+_WAITING_FOR: Final = """
+SELECT handler FROM {schema}.inbox_order
+WHERE source = :source AND type = :type AND key = :key AND next_seq = :seq
+    AND (CAST(:handler AS text) IS NULL OR handler = :handler)
+ORDER BY handler FOR UPDATE
+"""
+# By whichever source: one that is not meant finds that it is not its turn, and is put by again.
+_RELEASE: Final = """
+UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
+WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early' AND key_seq = :next
+"""
+
+
+class Turn(Enum):
+    """Whether it is a delivery's turn."""
+
+    NOW = auto()
+    EARLY = auto()
+    """Others of its key come first."""
+    LATE = auto()
+    """Its number was passed over: the handler began later, or it was skipped."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A delivery's place in the order of its key."""
+
+    handler: str
+    source: str
+    type: str
+    key: str
+    seq: int
+
+
+def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tuple[Turn, timedelta]:
+    """Whether it is its turn, and else how long to wait. Holds the key until the transaction ends."""
+    values = vars(place)
+    session.execute(statement(_FIRST_SEEN, schema), values)
+    row = session.execute(statement(_LOCK, schema), {**values, "settle": SETTLE}).one()
+    following = row.next_seq
+    if following is None:
+        if place.seq != 1 and not row.settled:
+            return Turn.EARLY, SETTLE
+        following = _begin(session, place, schema)
+    if place.seq == following:
+        return Turn.NOW, timedelta(0)
+    return (Turn.EARLY, PUT_BY) if place.seq > following else (Turn.LATE, timedelta(0))
+
+
+def move_on(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> None:
+    """It is handled: the next one's turn has come."""
+    _set(session, place, place.seq + 1, schema)
+
+
+def pass_over(
+    session: Session,
+    body: bytes,
+    seq: int | None,
+    handler: str | None = None,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> None:
+    """The event in *body* will never be handled, so those after it need not wait: by *handler*, or
+    by all. Nothing, where it was not its turn, or it has no order."""
+    if seq is None:
+        return
+    try:
+        envelope = decode(body)
+    except MalformedMessage:
+        return
+    of = {"source": envelope.source, "type": envelope.type, "key": envelope.key or "", "seq": seq}
+    waiting = session.execute(statement(_WAITING_FOR, schema), {**of, "handler": handler})
+    for name in list(waiting.scalars()):
+        place = Place(name, envelope.source, envelope.type, envelope.key or "", seq)
+        move_on(session, place, schema=schema)
+
+
+def _begin(session: Session, place: Place, schema: str) -> int:
+    """The number at which a handler that has never had this key begins."""
+    lowest = session.execute(statement(_LOWEST, schema), vars(place)).scalar()
+    first = place.seq if lowest is None else min(place.seq, int(lowest))
+    _set(session, place, first, schema)
+    return first
+
+
+def _set(session: Session, place: Place, following: int, schema: str) -> None:
+    values = {**vars(place), "next": following}
+    session.execute(statement(_MOVE_ON, schema), values)
+    released = session.execute(statement(_RELEASE, schema), values)
+    if getattr(released, "rowcount", 0):
+        session.info[DUE_AT_ONCE] = True

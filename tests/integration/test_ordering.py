@@ -1,0 +1,280 @@
+"""Ordered keys: each handler gets the events of a key in the order of their commits, and once."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
+
+from outbox import dead_letters, pending, quarantine
+from outbox.attempt import Outcome
+from outbox.dead_letters import Matching
+from outbox.events import Registry
+from outbox.receive import Receiver
+from outbox.service import RetryPolicy, Service
+from tests.databases import Databases
+
+NOW = timedelta(0)
+EVENTS = text(
+    "SELECT type, key, key_seq, body FROM outbox.outbox_event WHERE position > :after ORDER BY position"
+)
+
+
+@dataclass(frozen=True)
+class Moved:
+    account: str
+    amount: int
+
+
+@dataclass
+class Bank:
+    """A publisher of ordered events and a subscriber that books them, on one database."""
+
+    engine: Engine
+    failures: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """How many more times the booking of (account, amount) fails."""
+
+    def __post_init__(self) -> None:
+        self.registry = Registry()
+        self.registry.event("money.moved", key="account", ordered=True)(Moved)
+        with self.engine.begin() as connection:
+            connection.execute(
+                text(
+                    "CREATE TABLE IF NOT EXISTS booking "
+                    "(at bigint GENERATED ALWAYS AS IDENTITY, account text, amount int)"
+                )
+            )
+            tables = (
+                "outbox.pending_delivery, outbox.dead_letter, outbox.inbox_order, outbox.outbox_key"
+            )
+            connection.execute(text(f"TRUNCATE booking, outbox.quarantine, {tables}"))
+            top = connection.execute(text("SELECT max(position) FROM outbox.outbox_event"))
+            self.after = top.scalar() or 0
+        self.books = Service("books", registry=self.registry)
+        twice = RetryPolicy(attempts=2, first=NOW, cap=NOW)
+
+        @self.books.on(Moved, retry=twice)
+        def book(moved: Moved, session: Session) -> None:
+            if self.failures[moved.account, moved.amount] > 0:
+                self.failures[moved.account, moved.amount] -= 1
+                raise RuntimeError("the book is shut")
+            session.execute(
+                text("INSERT INTO booking (account, amount) VALUES (:account, :amount)"),
+                vars(moved),
+            )
+
+        self.receiver = Receiver(self.books, self.engine)
+
+    def publish(self, account: str, count: int) -> None:
+        for amount in range(1, count + 1):
+            with Session(self.engine) as session, session.begin():
+                self.books.publish(session, Moved(account, amount))
+
+    def messages(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(EVENTS, {"after": self.after}))
+
+    def receive(self, message: Any) -> Outcome:
+        receipt = self.receiver.receive(bytes(message.body), key_seq=message.key_seq)
+        return next(iter(receipt.outcomes.values()))
+
+    def deliver_owed(self, *, due: bool = True) -> int:
+        """Deliver what is owed: what is due now, or (else) everything; how many."""
+        with Session(self.engine) as session:
+            if due:
+                wait = pending.until_due(session, "books")
+                owed = pending.list_pending(session) if wait is not None and wait <= NOW else []
+                at = session.execute(text("SELECT clock_timestamp()")).scalar_one()
+                owed = [one for one in owed if one.next_attempt_at and one.next_attempt_at <= at]
+            else:
+                owed = pending.list_pending(session)
+        for one in owed:
+            self.receiver.receive(one.body, handler=one.handler, key_seq=one.key_seq)
+        return len(owed)
+
+    def settle(self) -> None:
+        while self.deliver_owed():
+            pass
+
+    def booked(self) -> dict[str, list[int]]:
+        booked: dict[str, list[int]] = defaultdict(list)
+        with self.engine.connect() as connection:
+            for row in connection.execute(text("SELECT account, amount FROM booking ORDER BY at")):
+                booked[row.account].append(row.amount)
+        return booked
+
+
+@pytest.fixture(scope="module")
+def engine(databases: Databases) -> Iterator[Engine]:
+    url = databases.create_migrated()
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
+    databases.drop(url)
+
+
+@pytest.fixture
+def bank(engine: Engine) -> Bank:
+    return Bank(engine)
+
+
+def test_events_that_come_backwards_are_handled_forwards(bank: Bank) -> None:
+    bank.publish("a", 4)
+    first, *later = bank.messages()
+    assert [bank.receive(one) for one in reversed(later)] == [Outcome.EARLY] * 3
+    assert bank.booked() == {}
+    assert bank.receive(first) is Outcome.HANDLED
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2, 3, 4]}
+
+
+def test_an_early_event_uses_up_no_attempt(bank: Bank) -> None:
+    bank.publish("a", 3)
+    first, second, third = bank.messages()
+    bank.receive(first)
+    bank.receive(third)
+    for _ in range(5):
+        bank.deliver_owed(due=False)
+    with Session(bank.engine) as session:
+        (owed,) = pending.list_pending(session)
+    assert (owed.reason, owed.attempts) == ("early", 0)
+    bank.receive(second)
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2, 3]}
+
+
+def test_a_failing_event_holds_up_its_own_key_and_no_other(bank: Bank) -> None:
+    bank.publish("a", 3)
+    bank.publish("b", 2)
+    bank.failures["a", 2] = 2
+    outcomes = [bank.receive(one) for one in bank.messages()]
+    assert outcomes == [
+        Outcome.HANDLED, Outcome.RETRY, Outcome.EARLY, Outcome.HANDLED, Outcome.HANDLED,
+    ]  # fmt: skip
+    bank.settle()
+    assert bank.booked() == {"a": [1], "b": [1, 2]}
+
+
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+def test_a_dead_letter_holds_up_its_key_until_a_person_has_decided(bank: Bank, verb: str) -> None:
+    bank.publish("a", 4)
+    bank.failures["a", 2] = 2
+    for message in bank.messages():
+        bank.receive(message)
+    bank.settle()
+    assert bank.booked() == {"a": [1]}
+    with Session(bank.engine) as session, session.begin():
+        if verb == "redrive":
+            assert dead_letters.redrive(session, Matching(key="a")) == 1
+        else:
+            assert dead_letters.discard(session, Matching(key="a"), "not ours") == 1
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2, 3, 4] if verb == "redrive" else [1, 3, 4]}
+
+
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+def test_a_quarantined_event_holds_up_its_key_until_a_person_has_decided(
+    bank: Bank, verb: str
+) -> None:
+    bank.publish("a", 3)
+    first, second, third = bank.messages()
+    bank.receive(first)
+    bank.receiver.quarantine(bytes(second.body), "odd", key_seq=second.key_seq)
+    bank.receive(third)
+    bank.settle()
+    assert bank.booked() == {"a": [1]}
+    with Session(bank.engine) as session, session.begin():
+        (message,) = quarantine.list_messages(session)
+        if verb == "redrive":
+            assert quarantine.redrive(session, message.id)
+        else:
+            assert quarantine.discard(session, message.id, "not ours")
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2, 3] if verb == "redrive" else [1, 3]}
+
+
+def test_a_duplicate_of_what_was_handled_is_one(bank: Bank) -> None:
+    bank.publish("a", 2)
+    first, second = bank.messages()
+    bank.receive(first)
+    assert bank.receive(first) is Outcome.DUPLICATE
+    bank.receive(second)
+    assert bank.receive(first) is Outcome.DUPLICATE
+    assert bank.booked() == {"a": [1, 2]}
+
+
+def test_a_new_subscriber_begins_with_the_first_that_it_gets_and_waits_a_moment_for_earlier_ones(
+    bank: Bank,
+) -> None:
+    bank.publish("a", 5)
+    messages = bank.messages()
+    assert bank.receive(messages[3]) is Outcome.EARLY
+    assert bank.receive(messages[2]) is Outcome.EARLY
+    with bank.engine.begin() as connection:
+        connection.execute(text("UPDATE outbox.inbox_order SET seen_at = seen_at - interval '1 h'"))
+        connection.execute(
+            text("UPDATE outbox.pending_delivery SET next_attempt_at = clock_timestamp()")
+        )
+    bank.settle()
+    assert bank.booked() == {"a": [3, 4]}
+    assert bank.receive(messages[4]) is Outcome.HANDLED
+    assert bank.receive(messages[0]) is Outcome.HANDLED, "late is not lost"
+
+
+def test_the_first_event_of_a_key_begins_at_once(bank: Bank) -> None:
+    bank.publish("a", 2)
+    first, second = bank.messages()
+    assert bank.receive(second) is Outcome.EARLY
+    assert bank.receive(first) is Outcome.HANDLED
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2]}
+
+
+@settings(
+    max_examples=15, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(seed=st.integers(0, 2**32), keys=st.integers(1, 3), events=st.integers(1, 6))
+def test_each_key_is_in_order_however_many_work_at_it_and_whatever_fails(
+    engine: Engine, seed: int, keys: int, events: int
+) -> None:
+    bank, random = Bank(engine), Random(seed)
+    accounts = "abc"[:keys]
+    for account in accounts:
+        bank.publish(account, events)
+        for amount in range(1, events + 1):
+            bank.failures[account, amount] = random.choice((0, 0, 0, 1, 3))
+    messages = bank.messages()
+    messages += random.choices(messages, k=len(messages) // 2)
+    random.shuffle(messages)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(bank.receive, messages))
+        for _ in range(200):
+            # All at once, as after their time: put off, early or due, in any order.
+            with Session(engine) as session:
+                owed = list(pending.list_pending(session, limit=1000))
+            random.shuffle(owed)
+            list(
+                pool.map(
+                    lambda one: bank.receiver.receive(
+                        one.body, handler=one.handler, key_seq=one.key_seq
+                    ),
+                    owed,
+                )
+            )
+            with Session(engine) as session, session.begin():
+                redriven = dead_letters.redrive(session, Matching())
+            if not owed and not redriven:
+                break
+    whole = list(range(1, events + 1))
+    assert bank.booked() == dict.fromkeys(accounts, whole)
