@@ -71,14 +71,16 @@ def chaos(set_up: Stage, shop: Shop, random: Random) -> tuple[Told, Counter[str]
                 killed[victim.name] += 1
                 next_kill = time.monotonic() + random.uniform(*SECONDS_BETWEEN_KILLS)
             elif placed == SAGAS and load.all_answered:
-                glance = watch.glance()
-                if (not glance.undecided and watch.is_quiet) or time.monotonic() > deadline:
-                    break
+                late = time.monotonic() > deadline
+                if late or (not watch.glance().undecided and watch.is_quiet):
+                    books = read_books(set_up.database_urls)
+                    traffic = examine(books, {})
+                    if late or not traffic.lost:
+                        break
             time.sleep(0.02)
-        books = read_books(set_up.database_urls)
         told = Told(
             accepted=list(load.accepted), refused=list(load.refused), killed_at=began,
             restarted_at=began, back_at=began, joined_at=began, replayed=0, books=books,
-            traffic=examine(books, {}),
+            traffic=traffic,
         )  # fmt: skip
     return told, killed
