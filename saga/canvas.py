@@ -7,21 +7,26 @@ with a column for compensations. It is made from the declarations, so it cannot 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Final
 
-from saga.choreography import EventRef
+from saga.choreography import DeadlineSpec, EventRef
 from saga.flow import Action, Flow
 
 COLUMNS: Final = ("step", "participant", "trigger", "emits", "rejects", "compensation")
 
 
 def canvas(flow: Flow) -> list[tuple[str, ...]]:
-    """One row for each action, in the order of the flow; the columns are `COLUMNS`."""
+    """One row for each action in the order of the flow, then the deadlines; the columns are `COLUMNS`."""
+    return [*_actions(flow), *(_deadline(one) for one in flow.deadlines)]
+
+
+def _actions(flow: Flow) -> list[tuple[str, ...]]:
     return [
         (
             title(action),
             action.participant,
-            _names(action.on, " and ") or "(starts the saga)",
+            _trigger(action),
             _names(action.emits, " or ") or "-",
             _names(action.rejects, " or ") or "-",
             _compensation(action),
@@ -60,6 +65,23 @@ def title(action: Action) -> str:
     if action.external:
         return f"{name} (external)"
     return f"{name} (join)" if action.kind == "join" else name
+
+
+def _trigger(action: Action) -> str:
+    if action.enough == len(action.on):
+        return _names(action.on, " and ") or "(starts the saga)"
+    if action.enough == 1:
+        return f"any of {_names(action.on, ', ')}"
+    return f"{action.enough} of {_names(action.on, ', ')}"
+
+
+def _deadline(one: DeadlineSpec) -> tuple[str, ...]:
+    after = one.after.removeprefix("start:")
+    when = f"when {one.on.name} says"
+    if one.within_seconds is not None:
+        when = f"{timedelta(seconds=one.within_seconds)} after {after}"
+    rejects = _names(one.rejects, " or ")
+    return (f"{one.name} (deadline)", one.participant, when, "-", rejects, "-")
 
 
 def _names(refs: Iterable[EventRef], between: str) -> str:

@@ -145,6 +145,9 @@ class DeadlineSpec:
     rejects: tuple[EventRef, ...]
     place: Place
 
+    def __str__(self) -> str:
+        return f"{self.participant}.{self.name}"
+
 
 @dataclass(frozen=True)
 class ParticipantSpec:

@@ -65,6 +65,10 @@ def mermaid(flow: Flow, standing: Iterable[str] = ()) -> str:
             lines.append(f'  {ids(action)} -. "{why}" .-> {ids(_ABORTED)}((("aborted")))')
         if action.completes:
             lines.append(f'  {ids(action)} ==> {ids(_COMPLETED)}((("completed")))')
+    for deadline in flow.deadlines:
+        why = " or ".join(ref.name for ref in deadline.rejects)
+        lines.append(f'  {ids(deadline)}[/"{deadline.name} (deadline)"/]')
+        lines.append(f'  {ids(deadline)} -. "{why}" .-> {ids(_ABORTED)}((("aborted")))')
     lines += [f"  style {ids(one)} fill:{_LIT}" for one in flow.actions if str(one) in lit]
     return "\n".join(lines) + "\n"
 
@@ -151,7 +155,7 @@ def _told(flow: Flow) -> Iterator[tuple[Action, str, str]]:
 
 def _dot_endings(flow: Flow, ids: Callable[[object], str]) -> Iterator[str]:
     aborted, completed = ids(_ABORTED), ids(_COMPLETED)
-    if any(action.can_abort for action in flow.actions):
+    if flow.deadlines or any(action.can_abort for action in flow.actions):
         yield f"  {aborted} [label=aborted, shape=doublecircle];"
     if any(action.completes for action in flow.actions):
         yield f"  {completed} [label=completed, shape=doublecircle];"
@@ -161,6 +165,11 @@ def _dot_endings(flow: Flow, ids: Callable[[object], str]) -> Iterator[str]:
             yield f"  {ids(action)} -> {aborted} [style=dashed, label={_quoted(why)}];"
         if action.completes:
             yield f"  {ids(action)} -> {completed} [style=bold];"
+    for deadline in flow.deadlines:
+        why = " or ".join(ref.name for ref in deadline.rejects)
+        label = _quoted(f"{deadline.name} (deadline)")
+        yield f"  {ids(deadline)} [label={label}, shape=parallelogram];"
+        yield f"  {ids(deadline)} -> {aborted} [style=dashed, label={_quoted(why)}];"
 
 
 def _quoted(text: str) -> str:

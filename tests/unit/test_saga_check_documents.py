@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from saga.canvas import canvas
+from saga.cli.targets import contracts
+from saga.flow import Flow
+from saga.graph import mermaid
+
 ROOT = Path(__file__).parents[2]
 CHECK = (ROOT / "docs" / "check.md").read_text()
 
@@ -48,3 +53,16 @@ def test_the_order_saga_is_drawn_as_it_is_declared() -> None:
     )
     current = (ROOT / "docs" / "order_saga.md").read_text()
     assert drawn.stdout == current, "run .venv/bin/python tools/draw-order-saga"
+
+
+def test_the_canvas_and_the_graph_of_the_trip_show_its_choice_and_its_deadline() -> None:
+    modules = (f"examples.trip_saga.{name}" for name in ("trips", "carriers", "hotel"))
+    flow = Flow(contracts(modules))
+    rows = {row[0]: row for row in canvas(flow)}
+    assert rows["choose_seat (join)"][2] == "any of rail.seat_held, air.seat_held"
+    assert rows["give_up (deadline)"][2:5] == (
+        "0:10:00 after trip.requested",
+        "-",
+        "trip.timed_out",
+    )
+    assert '-. "trip.timed_out" .-> n_aborted' in mermaid(flow)
