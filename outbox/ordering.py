@@ -19,6 +19,7 @@ lower one that comes later still is handled when it comes: late, but never lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
@@ -43,20 +44,21 @@ VALUES (:handler, :source, :type, :key, CASE WHEN :seq = 1 THEN 1 END)
 ON CONFLICT DO NOTHING RETURNING true
 """
 _LOCK: Final = """
-SELECT next_seq, seen_at + :settle <= clock_timestamp() AS settled FROM {schema}.inbox_order
+SELECT next_seq, passed, seen_at + :settle <= clock_timestamp() AS settled
+FROM {schema}.inbox_order
 WHERE handler = :handler AND source = :source AND type = :type AND key = :key FOR UPDATE
 """
-_LOWEST: Final = """
-SELECT min(key_seq) FROM {schema}.pending_delivery
+_EARLY: Final = """
+SELECT key_seq, body FROM {schema}.pending_delivery
 WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
 """
 _MOVE_ON: Final = """
-UPDATE {schema}.inbox_order SET next_seq = :next
+UPDATE {schema}.inbox_order SET next_seq = :next, passed = :passed
 WHERE handler = :handler AND source = :source AND type = :type AND key = :key
 """
 _WAITING_FOR: Final = """
-SELECT handler FROM {schema}.inbox_order
-WHERE source = :source AND type = :type AND key = :key AND next_seq = :seq
+SELECT handler, next_seq, passed FROM {schema}.inbox_order
+WHERE source = :source AND type = :type AND key = :key AND (next_seq IS NULL OR next_seq <= :seq)
     AND (CAST(:handler AS text) IS NULL OR handler = :handler)
 ORDER BY handler FOR UPDATE
 """
@@ -97,7 +99,8 @@ def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tup
     if following is None:
         if place.seq != 1 and not row.settled:
             return Turn.EARLY, SETTLE
-        following = _begin(session, place, schema)
+        first = _lowest_there(session, place, schema)
+        following = _set(session, place, first, row.passed, schema)
     if place.seq == following:
         return Turn.NOW, timedelta(0)
     return (Turn.EARLY, PUT_BY) if place.seq > following else (Turn.LATE, timedelta(0))
@@ -105,7 +108,8 @@ def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tup
 
 def move_on(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> None:
     """It is handled: the next one's turn has come."""
-    _set(session, place, place.seq + 1, schema)
+    row = session.execute(statement(_LOCK, schema), {**vars(place), "settle": SETTLE}).one()
+    _set(session, place, place.seq + 1, row.passed, schema)
 
 
 def pass_over(
@@ -117,7 +121,7 @@ def pass_over(
     schema: str = DEFAULT_SCHEMA,
 ) -> None:
     """The event in *body* will never be handled, so those after it need not wait: by *handler*, or
-    by all. Nothing, where it was not its turn, or it has no order."""
+    by all. Where its turn has not come it is remembered. Nothing, for one that has no order."""
     if seq is None:
         return
     try:
@@ -125,23 +129,29 @@ def pass_over(
     except MalformedMessage:
         return
     of = {"source": envelope.source, "type": envelope.type, "key": envelope.key or "", "seq": seq}
-    waiting = session.execute(statement(_WAITING_FOR, schema), {**of, "handler": handler})
-    for name in list(waiting.scalars()):
-        place = Place(name, envelope.source, envelope.type, envelope.key or "", seq)
-        move_on(session, place, schema=schema)
+    rows = session.execute(statement(_WAITING_FOR, schema), {**of, "handler": handler}).all()
+    for row in rows:
+        place = Place(row.handler, envelope.source, envelope.type, envelope.key or "", seq)
+        _set(session, place, row.next_seq, [*row.passed, seq], schema)
 
 
-def _begin(session: Session, place: Place, schema: str) -> int:
+def _lowest_there(session: Session, place: Place, schema: str) -> int:
     """The number at which a handler that has never had this key begins."""
-    lowest = session.execute(statement(_LOWEST, schema), vars(place)).scalar()
-    first = place.seq if lowest is None else min(place.seq, int(lowest))
-    _set(session, place, first, schema)
-    return first
+    early = session.execute(statement(_EARLY, schema), vars(place))
+    there = [row.key_seq for row in early if decode(bytes(row.body)).source == place.source]
+    return int(min([place.seq, *there]))
 
 
-def _set(session: Session, place: Place, following: int, schema: str) -> None:
-    values = {**vars(place), "next": following}
+def _set(
+    session: Session, place: Place, following: int | None, passed: Sequence[int], schema: str
+) -> int | None:
+    """Write which number comes next, none of those that were passed over, and make it due."""
+    while following is not None and following in passed:
+        following += 1
+    left = [seq for seq in passed if following is None or seq > following]
+    values = {**vars(place), "next": following, "passed": left}
     session.execute(statement(_MOVE_ON, schema), values)
     released = session.execute(statement(_RELEASE, schema), values)
     if getattr(released, "rowcount", 0):
         session.info[DUE_AT_ONCE] = True
+    return following

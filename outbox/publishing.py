@@ -11,6 +11,7 @@ writes them, and with the root they vanish.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -44,8 +45,8 @@ SELECT * FROM unnest(%s::smallint[], %s::uuid[], %s::text[], %s::integer[], %s::
 # Locks the key's counter until the transaction ends, so positions of a key are drawn in the order of commits, and
 # undoes the counting with the transaction, so the sequence has no gaps.
 _COUNT = """
-INSERT INTO {schema}.outbox_key (type, key, seq) VALUES (%s, %s, %s)
-ON CONFLICT (type, key) DO UPDATE SET seq = outbox_key.seq + EXCLUDED.seq RETURNING seq
+INSERT INTO {schema}.outbox_key (source, type, key, seq) VALUES (%s, %s, %s, %s)
+ON CONFLICT (source, type, key) DO UPDATE SET seq = outbox_key.seq + EXCLUDED.seq RETURNING seq
 """
 
 Event = tuple[EventType, Envelope]
@@ -202,25 +203,24 @@ def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
 
 def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int | None]:
     """The numbers of ordered events within their keys, drawn key by key in sorted order, lest two writers deadlock."""
-    counts: dict[tuple[str, str], int] = {}
-    for event_type, envelope in events:
-        if event_type.ordered and envelope.key is not None:
-            counts[event_type.name, envelope.key] = (
-                counts.get((event_type.name, envelope.key), 0) + 1
-            )
-    if not counts:
-        return [None] * len(events)
-    following: dict[tuple[str, str], int] = {}
-    for (name, key), count in sorted(counts.items()):
-        last = execute(in_schema(_COUNT, schema), (name, key, count), True)[0][0]
-        following[name, key] = last - count
+    places = [
+        (envelope.source, event_type.name, envelope.key)
+        if event_type.ordered and envelope.key is not None
+        else None
+        for event_type, envelope in events
+    ]
+    counts = Counter(place for place in places if place is not None)
+    following: dict[tuple[str, str, str], int] = {}
+    for counted, count in sorted(counts.items()):
+        last = execute(in_schema(_COUNT, schema), (*counted, count), True)[0][0]
+        following[counted] = last - count
     sequences: list[int | None] = []
-    for event_type, envelope in events:
-        if event_type.ordered and envelope.key is not None:
-            following[event_type.name, envelope.key] += 1
-            sequences.append(following[event_type.name, envelope.key])
-        else:
+    for place in places:
+        if place is None:
             sequences.append(None)
+            continue
+        following[place] += 1
+        sequences.append(following[place])
     return sequences
 
 

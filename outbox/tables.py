@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     Column,
@@ -124,10 +125,11 @@ def _log(metadata: MetaData, schema: str) -> None:
     own_table(
         "outbox_key",
         metadata,
+        Column("source", Text, nullable=False),
         Column("type", Text, nullable=False),
         Column("key", Text, nullable=False),
         Column("seq", BigInteger, nullable=False),
-        PrimaryKeyConstraint("type", "key"),
+        PrimaryKeyConstraint("source", "type", "key"),
         schema=schema,
         postgresql_with={"fillfactor": 50},
     )
@@ -231,6 +233,7 @@ def _receiving(metadata: MetaData, schema: str) -> None:
         Column("type", Text, nullable=False),
         Column("key", Text, nullable=False),
         Column("next_seq", BigInteger),
+        Column("passed", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
         moment("seen_at"),
         PrimaryKeyConstraint("handler", "source", "type", "key"),
         schema=schema,

@@ -86,10 +86,11 @@ UP: Final = (
     # commits.
     """
     CREATE TABLE {schema}.outbox_key (
+        source      text        NOT NULL,
         type        text        NOT NULL,
         key         text        NOT NULL,
         seq         bigint      NOT NULL,
-        PRIMARY KEY (type, key)
+        PRIMARY KEY (source, type, key)
     ) WITH (fillfactor = 50)
     """,
     # --- the inbox. Event ids are UUIDv7, so a range of ids is a range of time and forgetting is
@@ -139,6 +140,7 @@ UP: Final = (
         type     text        NOT NULL,
         key      text        NOT NULL,
         next_seq bigint,
+        passed   bigint[]    NOT NULL DEFAULT '{}',
         seen_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
         PRIMARY KEY (handler, source, type, key)
     )

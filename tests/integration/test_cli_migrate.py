@@ -110,7 +110,7 @@ def test_downgrade_asks_and_without_anybody_to_ask_does_nothing(
     run_outbox("migrate")
     with create_engine(database_url, poolclass=NullPool).begin() as connection:
         connection.execute(
-            text("INSERT INTO outbox.outbox_key (type, key, seq) VALUES ('t', 'k', 1)")
+            text("INSERT INTO outbox.outbox_key (source, type, key, seq) VALUES ('s', 't', 'k', 1)")
         )
     result = run_outbox("migrate", "--downgrade")
     assert result.returncode == 1

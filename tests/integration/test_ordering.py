@@ -203,6 +203,38 @@ def test_a_quarantined_event_holds_up_its_key_until_a_person_has_decided(
     assert bank.booked() == {"a": [1, 2, 3] if verb == "redrive" else [1, 3]}
 
 
+def test_an_event_that_is_discarded_before_its_turn_holds_up_nothing_when_its_turn_comes(
+    bank: Bank,
+) -> None:
+    bank.publish("a", 5)
+    first, second, third, fourth, fifth = bank.messages()
+    bank.receive(first)
+    for odd in (third, fourth):
+        bank.receiver.quarantine(bytes(odd.body), "odd", key_seq=odd.key_seq)
+    bank.receive(fifth)
+    with Session(bank.engine) as session, session.begin():
+        for message in quarantine.list_messages(session):
+            assert quarantine.discard(session, message.id, "not ours")
+    bank.receive(second)
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2, 5]}
+
+
+def test_two_sources_of_one_key_are_two_orders(bank: Bank) -> None:
+    other = Service("other", registry=bank.registry)
+    for source, amount in ((bank.books, 1), (other, 10), (bank.books, 2), (other, 20)):
+        with Session(bank.engine) as session, session.begin():
+            source.publish(session, Moved("a", amount))
+    messages = bank.messages()
+    assert [one.key_seq for one in messages] == [1, 1, 2, 2]
+    for message in reversed(messages):
+        bank.receive(message)
+    bank.settle()
+    booked = bank.booked()["a"]
+    assert [amount for amount in booked if amount < 10] == [1, 2]
+    assert [amount for amount in booked if amount >= 10] == [10, 20]
+
+
 def test_a_duplicate_of_what_was_handled_is_one(bank: Bank) -> None:
     bank.publish("a", 2)
     first, second = bank.messages()

@@ -168,7 +168,7 @@ def a_result_in_an_aborted_saga_is_not_undone() -> AbstractContextManager[Any]:
         journal.record(run.key, run.before, StepState.REJECTED, trigger=body)
         external.go_on(runtime, journal, run.saga, run.trigger)
 
-    return patch.object(external, "_end_in_an_aborted_saga", end)
+    return patch.object(external, "end_in_an_aborted_saga", end)
 
 
 def nobody_asks_what_became_of_a_call() -> AbstractContextManager[Any]:
