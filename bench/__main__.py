@@ -1,7 +1,8 @@
 """`make bench`: every figure beside its control, in one run, into a table and `bench/results.json`.
 
 Servers come from OUTBOX_DATABASE_URL and OUTBOX_BROKER_URL where they are set; otherwise an embedded PostgreSQL and an
-embedded Redis. RabbitMQ's figures need `--rabbitmq-url`.
+embedded Redis. RabbitMQ's figures need `--rabbitmq-url`,
+the DBOS workflow beside the sagas `pip install dbos`.
 """
 
 from __future__ import annotations

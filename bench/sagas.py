@@ -1,4 +1,9 @@
-"""Sagas of four steps, from their start until they are settled."""
+"""Sagas of four steps, from their start until they are settled.
+
+All four are of one participant, on one database, with two worker processes and a relay between each
+step and the next. The Celery chain has the same two processes and no guarantee; what is done by hand
+hands on in memory and has no broker at all, so it shows what the database allows.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,13 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import click
 import psycopg
 from sqlalchemy import URL, create_engine
 from sqlalchemy.orm import Session
 
 import saga.schema
+from bench import durable
 from bench.figures import Figure, Timer
 from bench.publishing import conninfo
 
@@ -51,13 +58,20 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         stack.enter_context(_relay(database, broker_url))
         _wait_for_workers(database, saga_app)
         made = []
+        workflow = None
+        if durable.IS_INSTALLED:
+            workflow = stack.enter_context(durable.workflows(database, SAGAS))
+        else:
+            click.echo("dbos is not installed: sagas are measured without that control", err=True)
         for what, fails in (("completed", False), ("rejected in the last step", True)):
             ours = _until_ended(database, lambda run, f=fails: _start(saga_app, run, fails=f))
             plain = _until_ended(database, lambda run, f=fails: saga_app.plain_chain(run, fails=f))
             by_hand = _by_hand(database, fails=fails)
             name = f"saga of 4 steps, {what}"
             made.append(Figure(name, "sagas/s", ours, plain, "a Celery chain, no guarantees", 2))
-            made.append(Figure(name, "sagas/s", ours, by_hand, "by hand, in threads", 0.0))
+            made.append(Figure(name, "sagas/s", ours, by_hand, "by hand, in threads", 0.5))
+            if workflow is not None:
+                made.append(Figure(name, "sagas/s", ours, workflow(fails), "a DBOS workflow", 0.0))
         yield made
 
 
