@@ -314,7 +314,15 @@ class _Run:
 
     def _give_back(self, process: Process) -> None:
         """The broker delivers again what a dead worker had not acked."""
-        held = next((one for one in self.world.in_hand if one[1] is process.message), None)
+        # Each queue has the same message; only this worker's own is given back.
+        held = next(
+            (
+                one
+                for one in self.world.in_hand
+                if one[1] is process.message and one[0].name == process.service
+            ),
+            None,
+        )
         if held is not None:
             self.world.in_hand.remove(held)
             held[0].queue.append(held[1].again())

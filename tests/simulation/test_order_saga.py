@@ -6,11 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from uuid import UUID
 
 import pytest
 
 from examples.order_saga.simulated import simulation
-from saga.testing.simulation import Broken, Simulation
+from saga.testing.choices import Seeded
+from saga.testing.simulation import Broken, Simulation, _Run
+from saga.testing.world import Message
 from tests.simulation.mutants import MUTANTS
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
@@ -61,3 +64,19 @@ def test_what_breaks_is_shown_with_its_seed_and_a_short_schedule_that_replays(
         with pytest.raises(AssertionError):
             orders.replay(broken.decisions)
     orders.replay(broken.decisions)
+
+
+def test_a_killed_worker_gives_back_its_own_copy_of_a_message_and_nobody_elses(
+    orders: Simulation,
+) -> None:
+    run = _Run(orders, Seeded(0))
+    message = Message("saga.aborted", UUID(int=1), b"{}")
+    for name in ("users", "shipping"):
+        run.world[name].queue.append(message)
+        run._taker(run.world[name], 0)()
+    of_shipping = run.world.hub.processes[-1]
+    assert of_shipping.service == "shipping"
+    run._give_back(of_shipping)
+    assert run.world["shipping"].queue == [message.again()]
+    assert run.world["users"].queue == []
+    run.world.hub.processes.clear()
