@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, create_engine, make_url
 
-from bench import publishing, relaying, sagas
+from bench import publishing, receiving, relaying, sagas
 from bench.figures import Result, measure
 from outbox.schema import upgrade_engine
 
@@ -50,6 +50,7 @@ def main(
         redis = redis_url or stack.enter_context(_redis())
         upgrade_engine(create_engine(database))
         figures = [*publishing.figures(database), *relaying.figures(database, redis, rabbitmq_url)]
+        figures += receiving.figures(database, rabbitmq_url or redis)
         if not only or only in "sagas":
             figures += stack.enter_context(sagas.figures(database, redis))
         results = [measure(figure, rounds) for figure in figures if not only or only in figure.name]

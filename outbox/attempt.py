@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from functools import cached_property
 from random import Random
 from typing import Any
+from uuid import UUID
 
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -33,16 +36,18 @@ from outbox.transient import is_lock_timeout, is_transient
 
 log = logging.getLogger(__name__)
 
-# One round trip, before anything can wait for a lock.
-_OPEN = """
+_LIMIT = """
 SELECT set_config('lock_timeout', :lock, true),
     set_config('idle_in_transaction_session_timeout', :idle, true),
-    set_config('statement_timeout', :statement, true),
-    (SELECT attempts FROM {schema}.pending_delivery
-     WHERE handler = :handler AND event_id = :event_id) AS owed,
-    EXISTS (SELECT 1 FROM {schema}.dead_letter
-     WHERE handler = :handler AND event_id = :event_id) AS parked
+    set_config('statement_timeout', :statement, true)
 """
+# One round trip, before anything can wait for a lock.
+_OPEN = f"""{_LIMIT.rstrip()},
+    (SELECT attempts FROM {{schema}}.pending_delivery
+     WHERE handler = :handler AND event_id = :event_id) AS owed,
+    EXISTS (SELECT 1 FROM {{schema}}.dead_letter
+     WHERE handler = :handler AND event_id = :event_id) AS parked
+"""  # noqa: S608 - only of constants
 
 
 class Outcome(StrEnum):
@@ -84,6 +89,18 @@ class TransactionLimits:
     lease: timedelta = timedelta(seconds=60)
     """How long after an attempt was noted it is taken for lost, and the delivery sent again."""
 
+    @cached_property
+    def parameters(self) -> Mapping[str, str]:
+        return {
+            "lock": _milliseconds(self.lock),
+            "idle": _milliseconds(self.idle),
+            "statement": _milliseconds(self.statement),
+        }
+
+    def impose(self, session: Session) -> None:
+        """On the session's transaction, before anything in it can wait for a lock."""
+        session.execute(text(_LIMIT), self.parameters)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -100,6 +117,11 @@ class Work:
     @property
     def schema(self) -> str:
         return self.service.schema
+
+    @property
+    def pair(self) -> tuple[UUID, str]:
+        """The key of its inbox row."""
+        return self.envelope.id, self.handler.name
 
     @property
     def owed(self) -> pending.Owed:
@@ -284,9 +306,7 @@ def _open(session: Session, work: Work) -> _Standing:
     row = session.execute(
         statement(_OPEN, work.schema),
         {
-            "lock": _milliseconds(work.limits.lock),
-            "idle": _milliseconds(work.limits.idle),
-            "statement": _milliseconds(work.limits.statement),
+            **work.limits.parameters,
             "handler": work.handler.name,
             "event_id": work.envelope.id,
         },
@@ -346,11 +366,11 @@ def _owe_retry(
 def _park(
     session: Session, work: Work, event: object, attempt: int, error: BaseException
 ) -> Outcome:
-    text = "".join(traceback.format_exception(error))
+    in_full = "".join(traceback.format_exception(error))
     try:
         with session.begin_nested():
             dead_letters.park(
-                session, work.owed, attempt, _in_short(error), text, schema=work.schema
+                session, work.owed, attempt, _in_short(error), in_full, schema=work.schema
             )
             _tell_exhausted(session, work, event, attempt, error)
     except Exception as hook_error:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from random import Random
 from typing import Any
 from uuid import UUID
@@ -22,18 +21,17 @@ from sqlalchemy.orm import Session
 
 from outbox import attempt, pending, quarantine
 from outbox.attempt import Busy, Outcome, TransactionLimits, Work
+from outbox.batch import Batch, Pair, Plan
 from outbox.crash_points import crash_point
-from outbox.envelope import Envelope, decode
-from outbox.errors import MalformedMessage, UnknownEventType
-from outbox.events import Registry
-from outbox.ids import created_at
+from outbox.errors import MalformedMessage
+from outbox.intake import Incoming, Intake, Payload
 from outbox.limits import DEFAULT_LIMITS, Limits
-from outbox.service import Handler, Service
+from outbox.service import Service
 from outbox.transactions import NotSettled, Transactions
 
 log = logging.getLogger(__name__)
 
-__all__ = ["NotSettled", "Outcome", "Receipt", "ReceiveSettings", "Receiver"]
+__all__ = ["Incoming", "NotSettled", "Outcome", "Receipt", "ReceiveSettings", "Receiver"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Receiver:
         self.service = service
         self.settings = settings or ReceiveSettings()
         self._random = random or Random()  # noqa: S311 - spreads retries
-        self._now = now
+        self._intake = Intake(service, self.settings.limits, self.settings.dedupe_window, now)
         self._transactions = Transactions(
             engine,
             patience=self.settings.patience,
@@ -114,12 +112,31 @@ class Receiver:
     ) -> Receipt:
         """Give the envelope in *body* to *handler*, or to each that subscribes to its type.
 
-        *redelivered*: the broker has handed it out before, so it may have killed a worker.
-        *headers* are kept with a message that is quarantined. Raises `NotSettled`.
+        What the arguments mean, `Incoming` says. Raises `NotSettled`.
         """
-        if handler == pending.EVERY_HANDLER:
-            return self._receive_redriven(body, key_seq, headers)
-        return self._receive(body, handler, key_seq, redelivered, headers, is_redriven=False)
+        return self.take_in(Incoming(body, handler, key_seq, redelivered, headers))
+
+    def take_in(self, message: Incoming) -> Receipt:
+        """Settle *message*, each handler in a transaction of its own. Raises `NotSettled`."""
+        if message.handler == pending.EVERY_HANDLER:
+            return self._receive_redriven(message)
+        return self._receive(message)
+
+    def take_in_batch(self, messages: Sequence[Incoming]) -> list[Receipt]:
+        """Settle *messages*, as many as possible in one transaction; receipts in their order.
+
+        What the one transaction leaves out, or all of it where it fails, is taken in one by one.
+        Raises `NotSettled`: some may be settled then, which their redelivery will meet.
+        """
+        batch = Batch(self._intake, messages, self.settings.transaction)
+        handled: Collection[Pair] = ()
+        if len(batch) > 1:
+            try:
+                handled = self._transactions.once(batch.deliver)
+                crash_point("receive.batch_committed")
+            except Exception as error:
+                log.info("batch of %d rolled back, each is run alone: %r", len(batch), error)
+        return [self._settle_rest(one, batch.plan_for(one), handled) for one in messages]
 
     def quarantine(
         self,
@@ -141,42 +158,43 @@ class Receiver:
         self._transactions.settled(put)
         return Receipt(refused=reason)
 
-    def _receive(
-        self,
-        body: bytes,
-        handler: str | None,
-        key_seq: int | None,
-        redelivered: bool,
-        headers: Mapping[str, Any] | None,
-        *,
-        is_redriven: bool,
+    def _settle_rest(
+        self, message: Incoming, plan: Plan | None, handled: Collection[Pair]
     ) -> Receipt:
+        if plan is None:
+            return self.take_in(message)
+        outcomes = {
+            work.handler.name: Outcome.HANDLED
+            if work.pair in handled
+            else self._deliver(work, plan.payload, redelivered=False)
+            for work in plan.works
+        }
+        return Receipt(plan.payload.envelope.id, plan.payload.envelope.type, outcomes)
+
+    def _receive(self, message: Incoming, *, is_redriven: bool = False) -> Receipt:
         try:
-            envelope = decode(body, self.settings.limits)
-            handlers = [self._named(handler)] if handler else self._subscribed(envelope)
-            if not handler and not is_redriven:
-                self._refuse_forgotten(envelope)
+            envelope, handlers = self._intake.read(message, is_redriven=is_redriven)
         except MalformedMessage as error:
-            return self.quarantine(body, str(error), headers, key_seq=key_seq)
-        payload = _Payload(envelope, self.service.registry)
+            return self.quarantine(
+                message.body, str(error), message.headers, key_seq=message.key_seq
+            )
+        payload = Payload(envelope, self.service.registry)
         outcomes = {
             one.name: self._deliver(
                 Work(
-                    self.service, one, envelope, key_seq,
-                    addressed=handler is not None, limits=self.settings.transaction,
+                    self.service, one, envelope, message.key_seq,
+                    addressed=message.handler is not None, limits=self.settings.transaction,
                 ),
                 payload,
-                redelivered,
+                message.redelivered,
             )
             for one in handlers
         }  # fmt: skip
         return Receipt(envelope.id, envelope.type, outcomes)
 
-    def _receive_redriven(
-        self, body: bytes, key_seq: int | None, headers: Mapping[str, Any] | None
-    ) -> Receipt:
+    def _receive_redriven(self, message: Incoming) -> Receipt:
         """Feed a quarantined message through; its note goes when all its handlers are settled."""
-        id = quarantine.redrive_id(self.service.name, body)
+        id = quarantine.redrive_id(self.service.name, message.body)
         schema, lease = self.service.schema, self.settings.transaction.lease
         noted = self._transactions.settled(
             lambda session: pending.begin_attempt(
@@ -187,40 +205,18 @@ class Receiver:
             return Receipt(outcomes={pending.EVERY_HANDLER: Outcome.STALE})
         if noted.number > self.service.retry.attempts:
             reason = "each time it was fed through, the worker died"
-            receipt = self.quarantine(body, reason, key_seq=key_seq)
+            receipt = self.quarantine(message.body, reason, key_seq=message.key_seq)
         else:
-            receipt = self._receive(body, None, key_seq, False, headers, is_redriven=True)
+            for_all = replace(message, handler=None, redelivered=False)
+            receipt = self._receive(for_all, is_redriven=True)
         self._transactions.settled(
             lambda session: pending.withdraw(session, pending.EVERY_HANDLER, id, schema=schema)
         )
         return receipt
 
-    # ---- which handlers ----
-
-    def _named(self, name: str) -> Handler:
-        return self.service.handler(name) or self.service.stand_in(name)
-
-    def _subscribed(self, envelope: Envelope) -> list[Handler]:
-        handlers = list(self.service.handlers_for(envelope.type))
-        if not handlers:
-            raise UnknownEventType(
-                f"no handler of service {self.service.name} takes {envelope.type!r}; "
-                f"it takes: {', '.join(self.service.bindings) or 'nothing'}"
-            )
-        return handlers
-
-    def _refuse_forgotten(self, envelope: Envelope) -> None:
-        born = created_at(envelope.id) or envelope.time
-        if self._now() - born > self.settings.dedupe_window:
-            raise MalformedMessage(
-                f"event {envelope.type} {envelope.id} is of {born:%Y-%m-%d}, beyond the dedupe "
-                f"window of {self.settings.dedupe_window.days} days: nobody knows any more whether "
-                "it was handled"
-            )
-
     # ---- one delivery ----
 
-    def _deliver(self, work: Work, payload: _Payload, redelivered: bool) -> Outcome:
+    def _deliver(self, work: Work, payload: Payload, redelivered: bool) -> Outcome:
         number, noted = 1, False
         if work.addressed or redelivered or work.handler.owns_transactions:
             begun = self._transactions.settled(lambda session: attempt.note(session, work))
@@ -275,7 +271,7 @@ class Receiver:
         except Busy:
             return self._put_off(work, number)
 
-    def _give_up(self, work: Work, payload: _Payload, begun: pending.Noted) -> Outcome:
+    def _give_up(self, work: Work, payload: Payload, begun: pending.Noted) -> Outcome:
         limit = work.handler.retry.attempts
         error = NeverFinished(
             f"{begun.number - 1} attempts were begun, none finished; the last error noted: "
@@ -300,33 +296,3 @@ class Receiver:
         return self._transactions.settled(
             lambda session: attempt.put_off(session, work, number, delay)
         )
-
-
-@dataclass
-class _Payload:
-    """The payload object, made when the first handler is about to run, once for all of them."""
-
-    envelope: Envelope
-    registry: Registry
-
-    @cached_property
-    def event(self) -> Any:
-        return self.registry.read(self.envelope.type, self.envelope.version, self.envelope.data)
-
-    def read_for(self, handler: Handler) -> Any:
-        """Raises `MalformedMessage` where it cannot be read, or not into what *handler* takes."""
-        if handler.versions:
-            read_as = self.registry.of(self.event)
-            if (read_as.name, read_as.version) not in handler.versions:
-                taken = sorted(v for name, v in handler.versions if name == read_as.name)
-                raise UnknownEventType(
-                    f"{handler.name} takes {read_as.name} in versions {taken}, not in "
-                    f"{read_as.version}: add an upcaster from it, or subscribe to it"
-                )
-        return self.event
-
-    def read_or_none(self) -> Any:
-        try:
-            return self.event
-        except MalformedMessage:
-            return None

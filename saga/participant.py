@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
+    from outbox.envelope import Envelope
     from saga.journal import Journal
 
 Unwinding = Literal["reverse", "eager"]
@@ -365,6 +366,10 @@ class Participant(Wiring):
     def see_to_introduction(self, engine: Engine) -> None:
         """Owe the others an introduction, unless they have had it (see `saga.peers`)."""
         peers.see_to_introduction(self._runtime, engine)
+
+    def lock_order(self, envelope: Envelope) -> str:
+        """The saga, whose row each of its handlers locks first."""
+        return str(envelope.extensions.get(SAGA_ID) or super().lock_order(envelope))
 
     def keep_up(self, engine: Engine, window: timedelta) -> None:
         """Introduce it where that is due, and forget sagas that ended long ago."""

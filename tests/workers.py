@@ -140,6 +140,11 @@ class Billing:
         with self.engine.connect() as connection:
             return list(connection.execute(text(sql), values))
 
+    def until_nothing_is_left(self) -> None:
+        """Wait until the queue is empty and no delivery is owed."""
+        eventually(lambda: self.queued() == 0)
+        eventually(lambda: self.rows("SELECT 1 FROM outbox.pending_delivery") == [], 30)
+
     def queued(self) -> int:
         with self.connection.channel() as channel:
             count: int = kombu_queue(self._topology)(channel).queue_declare()[1]

@@ -20,9 +20,9 @@ from outbox.bell import Bell
 from outbox.buses.topology import QueueType
 from outbox.celery.engines import ForkSafeEngine
 from outbox.celery.installation import CONSUMER, Installation, install, installed
-from outbox.celery.starting import PrepareStep
+from outbox.celery.starting import BATCH_OPTION, PrepareStep
 from outbox.celery.sweeping import SweeperStep
-from outbox.celery.task import TASK_NAME, ReceiveTask
+from outbox.celery.task import TASK_NAME, ReceiveBatchTask, ReceiveTask
 from outbox.errors import ConfigurationError
 from outbox.receive import Receiver, ReceiveSettings
 from outbox.service import Service
@@ -80,13 +80,15 @@ def setup(
     install(app, installation)
     _when_configured(app, lambda: _configure(app, installation, events_only))
     app.steps["worker"].update((PrepareStep, SweeperStep))
+    app.user_options["worker"].add(BATCH_OPTION)
     return _register_task(app, receiver, allow_eager)
 
 
 def _register_task(app: Celery, receiver: Receiver, allow_eager: bool) -> ReceiveTask:
-    task = ReceiveTask()
-    task.receiving = receiver
+    task, batch_task = ReceiveTask(), ReceiveBatchTask()
+    task.receiving = batch_task.receiving = receiver
     task.allow_eager = allow_eager
+    app.register_task(batch_task)
     registered: ReceiveTask = app.register_task(task)
     return registered
 

@@ -15,9 +15,9 @@ from celery import signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from vine import promise
 
+from outbox.celery.raw import REFUSED
 from outbox.celery.redis import with_readable_messages
-from outbox.celery.strategy import REFUSED
-from outbox.celery.task import TASK_NAME
+from outbox.celery.task import BATCH_TASK_NAME, TASK_NAME
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ class Consumer(CeleryConsumer):
         name = message.headers.get("task") if isinstance(message.headers, dict) else None
         if not isinstance(name, str):
             return "it names no task"
-        return (
-            None if name in self.strategies else f"it names the task {name[:200]!r}, unknown here"
-        )
+        if name == BATCH_TASK_NAME or name not in self.strategies:
+            return f"it names the task {name[:200]!r}, unknown here"
+        return None
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         self._keep(message, f"its body could not be decoded: {exc}")

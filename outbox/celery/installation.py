@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONSUMER: Final = "outbox.celery.consumer:Consumer"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Installation:
     """What `setup` made of an app."""
 
@@ -33,6 +33,8 @@ class Installation:
     bell: Bell
     queue_type: QueueType
     allow_eager: bool
+    batch_size: int = 1
+    """Messages that a worker hands to its pool at once, at most; its option says so."""
 
     @property
     def queue(self) -> Any:

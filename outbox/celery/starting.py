@@ -5,8 +5,9 @@ A bootstep, because Celery swallows what a signal's receiver raises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import click
 from celery import bootsteps
 
 from outbox.celery.compression import bound_decompression
@@ -17,12 +18,26 @@ if TYPE_CHECKING:
     from celery import Celery
 
 
+BATCH_OPTION: Final = click.Option(
+    ["--outbox-batch"],
+    type=click.IntRange(1, 1_000),
+    metavar="N",
+    help="Handle up to N events in one transaction (see the guide of outbox); 1 if not given.",
+)
+
+
 class PrepareStep(bootsteps.Step):
     """Runs while the worker is being made. Raises `ConfigurationError`, which ends it."""
 
-    def __init__(self, worker: Any, **options: Any) -> None:
+    def __init__(self, worker: Any, outbox_batch: int | None = None, **options: Any) -> None:
         super().__init__(worker, **options)
         installation = installed(worker.app)
+        installation.batch_size = outbox_batch or 1
+        if installation.batch_size > 1:
+            # For each process of the pool, a batch in hand and one that is being collected.
+            worker.prefetch_multiplier = max(
+                worker.prefetch_multiplier, 2 * installation.batch_size
+            )
         _refuse_settings(worker.app, installation)
         bound_decompression()
         queues = worker.app.amqp.queues

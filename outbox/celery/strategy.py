@@ -1,80 +1,42 @@
-"""How the worker takes an event's message in: raw, and without what Celery would act upon.
-
-The body goes to the task as the bytes it came in. Of the headers only what identifies and traces
-is kept: a foreign `eta` would hold the message in memory, `expires` would drop it, and callbacks in
-the body would run any task.
-"""
+"""How the worker takes events' messages in, and when it acknowledges them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID, uuid4, uuid5
+from typing import TYPE_CHECKING, Any
 
 from celery.worker.request import Request
 from celery.worker.strategy import default as celery_strategy
+
+from outbox.celery.batching import Collector, Settle
+from outbox.celery.installation import installed
+from outbox.celery.raw import RawMessage
+from outbox.celery.task import BATCH_TASK_NAME
 
 if TYPE_CHECKING:
     from celery import Celery, Task
     from kombu import Message
 
-log = logging.getLogger(__name__)
-
-REFUSED: Final = "outbox_refused"
-"""Attribute of a message: why it cannot be an event, found out by the consumer."""
-
-_TRACING: Final = ("traceparent", "tracestate", "baggage", "sentry-trace")
-_MAX_TEXT = 500
-_MAX_HEADERS = 50
-
 
 def strategy(task: Task[Any, Any], app: Celery, consumer: Any, **options: Any) -> Any:
-    """Celery's own strategy, given each message as `RawMessage`."""
+    """Celery's own strategy, given each message as `RawMessage`, or several as one `RawBatch`."""
+    installation = installed(app)
+    service = installation.service.name
     handle = celery_strategy(task, app, consumer, **options)
-    service = task.receiving.service.name  # type: ignore[attr-defined]
+    if installation.batch_size > 1:
+        batch_task = app.tasks[BATCH_TASK_NAME]
+        return Collector(
+            installation.batch_size,
+            consumer.controller.max_concurrency,
+            consumer.timer,
+            service,
+            hand_over=handle,
+            hand_over_batch=celery_strategy(batch_task, app, consumer, **options),
+        ).take_in
 
-    def take_in(
-        message: Message,
-        _: object,
-        ack: Callable[..., Any],
-        reject: Callable[..., Any],
-        callbacks: Any,
-    ) -> None:
+    def take_in(message: Message, _: object, ack: Settle, reject: Settle, callbacks: Any) -> None:
         handle(RawMessage(message, task.name, service), None, ack, reject, callbacks)
 
     return take_in
-
-
-class RawMessage:
-    """What Celery's strategy and request read of a message, with the body left as it is."""
-
-    content_type = None
-    content_encoding = None
-
-    def __init__(self, message: Message, task_name: str, service: str) -> None:
-        came_with = message.headers if isinstance(message.headers, Mapping) else {}
-        came_by = message.delivery_info if isinstance(message.delivery_info, Mapping) else {}
-        self.original = message
-        self.headers = _identity(came_with, task_name, service)
-        self.properties: dict[str, Any] = {}
-        self.delivery_info = {
-            "exchange": _text(came_by.get("exchange")),
-            "routing_key": _text(came_by.get("routing_key")),
-            "redelivered": bool(came_by.get("redelivered") or came_with.get("redelivered")),
-        }
-        wire = {
-            "content_type": _text(message.content_type) or None,
-            "refused": getattr(message, REFUSED, None),
-            "headers": {
-                **_bounded(came_with),
-                "content_type": _text(message.content_type),
-                "exchange": self.delivery_info["exchange"],
-                "routing_key": self.delivery_info["routing_key"],
-            },
-        }
-        arguments: tuple[bytes] = (_as_bytes(message.body),)
-        self.payload = self.body = (arguments, {"wire": wire}, dict[str, Any]())
 
 
 class EventRequest(Request):
@@ -109,56 +71,3 @@ class EventRequest(Request):
 
     def reject(self, requeue: bool = True) -> None:  # noqa: ARG002 - never anything else
         super().reject(requeue=True)
-
-
-def _identity(headers: Mapping[str, Any], task_name: str, service: str) -> dict[str, Any]:
-    """Who it is, to logs, Flower and tracing: an id per consuming service, the event its root."""
-    event_id = _uuid(headers.get("id"))
-    shadow = _text(headers.get("shadow"))
-    identity = {
-        "lang": "py",
-        "task": task_name,
-        "id": str(uuid4() if event_id is None else uuid5(event_id, service)),
-        "root_id": None if event_id is None else str(event_id),
-        "parent_id": None if event_id is None else str(event_id),
-        "shadow": f"{service}:{shadow}" if shadow else task_name,
-        "origin": _text(headers.get("origin")),
-        "argsrepr": "()",
-        "kwargsrepr": "{}",
-        "retries": 0,
-        "ignore_result": True,
-    }
-    identity |= {name: _text(headers[name]) for name in _TRACING if headers.get(name)}
-    return identity
-
-
-def _uuid(value: object) -> UUID | None:
-    try:
-        return UUID(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-
-
-def _text(value: object) -> str:
-    """*value*, if it is a text that can stand in a log line."""
-    if not isinstance(value, str) or not value.isprintable():
-        return ""
-    return value[:_MAX_TEXT]
-
-
-def _bounded(headers: Mapping[Any, Any]) -> dict[str, Any]:
-    kept = list(headers.items())[:_MAX_HEADERS]
-    return {
-        str(name)[:_MAX_TEXT]: value
-        if isinstance(value, int | float | None)
-        else str(value)[:_MAX_TEXT]
-        for name, value in kept
-    }
-
-
-def _as_bytes(body: object) -> bytes:
-    if isinstance(body, bytes | bytearray | memoryview):
-        return bytes(body)
-    if isinstance(body, str):
-        return body.encode("utf-8", "surrogatepass")
-    return b"" if body is None else repr(body).encode()

@@ -18,8 +18,8 @@ from kombu import compression
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
 from outbox.celery.compression import MAX_BYTES, bound_decompression
+from outbox.celery.raw import RawMessage
 from outbox.celery.redis import readable
-from outbox.celery.strategy import RawMessage
 from outbox.celery.wire import WireBody, read_body
 from outbox.errors import MalformedMessage
 from outbox.limits import DEFAULT_LIMITS

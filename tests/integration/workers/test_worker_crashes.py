@@ -38,7 +38,7 @@ def test_a_worker_killed_on_the_way_loses_nothing_and_repeats_nothing(
 
     next_worker = billing.worker("--pool", "solo", BILLING_VISIBILITY="1")
     eventually(lambda: billing.effects_of(order), 20, lambda: next_worker.log)
-    _until_nothing_is_left(billing)
+    billing.until_nothing_is_left()
     assert billing.effects_of(order) == [order]
 
 
@@ -81,8 +81,3 @@ class _RoomOf:
         assert callable(make)
         made: str = make()
         return made
-
-
-def _until_nothing_is_left(billing: Billing) -> None:
-    eventually(lambda: billing.queued() == 0)
-    eventually(lambda: billing.rows("SELECT 1 FROM outbox.pending_delivery") == [], 30)

@@ -36,7 +36,11 @@ def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest(
     first = billing.worker("--pool", pool, "--concurrency", "2")
     for order in orders:
         billing.send(billing.placed(order, do="sleep 1"))
-    eventually(lambda: first.task_id("order.placed"), explain=lambda: first.log)
+    working = (
+        "SELECT 1 FROM pg_stat_activity "
+        "WHERE datname = current_database() AND state = 'idle in transaction'"
+    )
+    eventually(lambda: billing.rows(working), explain=lambda: first.log)
 
     assert first.terminate() == 0
     assert 0 < len(billing.effects_of(*orders)) < len(orders)
@@ -53,7 +57,7 @@ def test_a_process_of_the_pool_that_is_killed_is_replaced(billing: Billing, poin
 
     eventually(lambda: billing.effects_of(*orders) == orders, 30, lambda: worker.log)
     eventually(lambda: "signal 9 (SIGKILL)" in worker.log, explain=lambda: worker.log)
-    _until_nothing_is_left(billing)
+    billing.until_nothing_is_left()
     assert billing.effects_of(*orders) == orders
 
 
@@ -67,7 +71,7 @@ def test_a_cold_shutdown_in_a_handler_repeats_nothing(billing: Billing) -> None:
 
     second = billing.worker("--concurrency", "1")
     eventually(lambda: billing.effects_of("cold"), 30, lambda: second.log)
-    _until_nothing_is_left(billing)
+    billing.until_nothing_is_left()
     assert billing.effects_of("cold") == ["cold"]
 
 
@@ -80,7 +84,7 @@ def test_revoking_and_terminating_an_event_gives_it_back(billing: Billing) -> No
     billing.control.revoke(task_id, terminate=True, signal="SIGKILL")
 
     eventually(lambda: billing.effects_of("revoked"), 30, lambda: worker.log)
-    _until_nothing_is_left(billing)
+    billing.until_nothing_is_left()
     assert billing.effects_of("revoked") == ["revoked"]
 
 
@@ -90,7 +94,7 @@ def test_a_hard_time_limit_is_counted_and_the_event_parked(billing: Billing) -> 
 
     dead = "SELECT 1 FROM outbox.dead_letter WHERE key = 'endless'"
     eventually(lambda: billing.rows(dead), 40, lambda: worker.log)
-    _until_nothing_is_left(billing)
+    billing.until_nothing_is_left()
     assert billing.effects_of("endless") == []
 
 
@@ -110,8 +114,3 @@ def test_threads_share_a_worker(billing: Billing) -> None:
         billing.send(billing.placed(order))
 
     eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
-
-
-def _until_nothing_is_left(billing: Billing) -> None:
-    eventually(lambda: billing.queued() == 0)
-    eventually(lambda: billing.rows("SELECT 1 FROM outbox.pending_delivery") == [], 30)
