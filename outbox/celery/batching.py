@@ -13,6 +13,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from outbox.celery.acking import ack_together
 from outbox.celery.raw import RawBatch, RawMessage
 from outbox.celery.task import BATCH_TASK_NAME, TASK_NAME
 
@@ -44,11 +45,14 @@ class Collector:
         timer: Any,
         service: str,
         *,
+        call_soon: Callable[..., Any],
         hand_over: Callable[..., None],
         hand_over_batch: Callable[..., None],
     ) -> None:
         """*hand_over*, *hand_over_batch*: Celery's strategies for the task that takes one message,
-        and for the one that takes several."""
+        and for the one that takes several. *call_soon*: runs something in the thread that owns the
+        connection."""
+        self._call_soon = call_soon
         self._size = size
         self._processes = processes
         self._timer = timer
@@ -85,9 +89,10 @@ class Collector:
                 return
             self._at_work += 1
 
-        def ack_all(*arguments: Any) -> None:
-            for one in held:
-                one.ack(*arguments)
+        def ack_all(logger: Any, errors: tuple[type[BaseException], ...]) -> None:
+            *others, last = held
+            self._call_soon(ack_together, [one.message for one in others], errors)
+            last.ack(logger, errors)  # by Celery's own way, which also looks after its prefetch
             self._ended()
 
         def reject_all(*arguments: Any) -> None:

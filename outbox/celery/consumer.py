@@ -15,8 +15,10 @@ from celery import signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from vine import promise
 
+from outbox.celery.installation import installed
 from outbox.celery.raw import REFUSED
-from outbox.celery.redis import with_readable_messages
+from outbox.celery.redis import reading_anything
+from outbox.celery.redis_taking import taking
 from outbox.celery.task import BATCH_TASK_NAME, TASK_NAME
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ class Consumer(CeleryConsumer):
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        return self.ensure_connected(with_readable_messages(connection))
+        installation = installed(self.app)
+        queue, size = installation.service.queue, installation.batch_size
+        return self.ensure_connected(adapted(connection, queue, size))
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **options)
@@ -87,3 +91,18 @@ class Consumer(CeleryConsumer):
             promise(call_soon, (message.reject_log_error,)),
             self.on_task_message,
         )
+
+
+def adapted(connection: Any, queue: str, batch_size: int) -> Any:
+    """Make *connection*, not yet open, read anything from Redis and take up to *batch_size* messages
+    of *queue* at once. Other brokers: unchanged."""
+    create_transport = connection.create_transport
+
+    def create() -> Any:
+        transport = create_transport()
+        if getattr(transport, "driver_type", None) == "redis":
+            transport.Channel = taking(reading_anything(transport.Channel), queue, batch_size)
+        return transport
+
+    connection.create_transport = create
+    return connection

@@ -12,20 +12,6 @@ import uuid
 from typing import Any
 
 
-def with_readable_messages(connection: Any) -> Any:
-    """Make *connection*, not yet open, read what is no message as one. Other brokers: unchanged."""
-    create_transport = connection.create_transport
-
-    def create() -> Any:
-        transport = create_transport()
-        if getattr(transport, "driver_type", None) == "redis":
-            transport.Channel = _reading_anything(transport.Channel)
-        return transport
-
-    connection.create_transport = create
-    return connection
-
-
 def readable(item: bytes | str, queue: str) -> bytes | str:
     """*item*, if kombu can read it, else a kombu message with *item* as its body."""
     try:
@@ -74,7 +60,7 @@ def _is_base64(text: str) -> bool:
     return True
 
 
-def _reading_anything(channel: type[Any]) -> type[Any]:
+def reading_anything(channel: type[Any]) -> type[Any]:
     class Channel(channel):  # type: ignore[misc]
         def _create_client(self, asynchronous: bool = False) -> Any:
             client = super()._create_client(asynchronous=asynchronous)

@@ -26,9 +26,10 @@ def strategy(task: Task[Any, Any], app: Celery, consumer: Any, **options: Any) -
         batch_task = app.tasks[BATCH_TASK_NAME]
         return Collector(
             installation.batch_size,
-            consumer.controller.max_concurrency,
+            consumer.controller.concurrency or 1,
             consumer.timer,
             service,
+            call_soon=getattr(consumer, "call_soon_ack", consumer.call_soon),
             hand_over=handle,
             hand_over_batch=celery_strategy(batch_task, app, consumer, **options),
         ).take_in

@@ -59,6 +59,7 @@ setup(
     app,
     service,
     database_url=os.environ.get("BILLING_DATABASE", "postgresql://"),
+    events_only=bool(os.environ.get("BILLING_EVENTS_ONLY")),
     queue_type="classic" if os.environ.get("BILLING_QUEUE") == "classic" else "quorum",
     settings=ReceiveSettings(
         patience=timedelta(seconds=float(os.environ.get("BILLING_PATIENCE", "10"))),

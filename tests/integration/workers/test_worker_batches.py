@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import redis
 
 from outbox.celery.task import BATCH_TASK_NAME
 from tests.workers import Billing, Worker, eventually
@@ -19,6 +20,8 @@ def _no_worker_is_left(billing: Billing) -> Iterator[None]:
 
 
 def batched(billing: Billing, *options: str, **environment: str) -> Worker:
+    """On Redis only a worker that consumes nothing else can be killed without a loss."""
+    environment.setdefault("BILLING_EVENTS_ONLY", "yes")
     return billing.worker("--concurrency", "1", *options, *BATCH, **environment)
 
 
@@ -137,6 +140,54 @@ def test_a_warm_shutdown_gives_back_what_was_not_begun(billing: Billing) -> None
     assert len(done) < len(orders)
     second = batched(billing)
     eventually(lambda: billing.effects_of(*orders) == orders, 20, lambda: second.log)
+    billing.until_nothing_is_left()
+
+
+def test_garbage_between_the_events_is_quarantined_and_they_are_handled(
+    billing: Billing, broker_url: str
+) -> None:
+    orders = [f"clean-{number:02}" for number in range(20)]
+    for order in orders[:10]:
+        billing.send(billing.placed(order))
+    billing.publish(b"garbage", headers={"task": "outbox.receive"})
+    if broker_url.startswith("redis"):
+        with redis.Redis.from_url(broker_url) as client:
+            client.lpush(billing.queue, b"no message of kombu's")
+    else:
+        billing.publish(b"no message of ours", headers={"task": "somebody.elses"})
+    for order in orders[10:]:
+        billing.send(billing.placed(order))
+
+    worker = batched(billing)
+
+    eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
+    kept = "SELECT 1 FROM outbox.quarantine WHERE body LIKE 'garbage%' OR body LIKE 'no message%'"
+    eventually(lambda: len(billing.rows(kept)) == 2, explain=lambda: worker.log)
+    billing.until_nothing_is_left()
+
+
+def test_a_worker_that_has_other_queues_handles_batches_too(billing: Billing) -> None:
+    orders = [f"beside-tasks-{number:02}" for number in range(40)]
+    for order in orders:
+        billing.send(billing.placed(order))
+
+    worker = batched(billing, BILLING_EVENTS_ONLY="")
+
+    eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
+    assert in_transactions(billing, orders) <= 10
+    billing.until_nothing_is_left()
+
+
+def test_a_worker_takes_no_more_than_its_prefetch(billing: Billing) -> None:
+    """Two batches for its one process; the others are left for other workers."""
+    orders = [f"slow-{number:03}" for number in range(100)]
+    for order in orders:
+        billing.send(billing.placed(order, do="sleep 0.03"))
+    worker = batched(billing)
+    eventually(lambda: "messages[" in worker.log, explain=lambda: worker.log)
+
+    eventually(lambda: billing.queued() <= 60, explain=lambda: worker.log)
+    assert billing.queued() >= 40
     billing.until_nothing_is_left()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from sqlalchemy import make_url
@@ -40,6 +42,33 @@ def test_a_worker_killed_on_the_way_loses_nothing_and_repeats_nothing(
     eventually(lambda: billing.effects_of(order), 20, lambda: next_worker.log)
     billing.until_nothing_is_left()
     assert billing.effects_of(order) == [order]
+
+
+@pytest.mark.parametrize("batch", [(), ("--outbox-batch", "20")], ids=["alone", "in batches"])
+def test_workers_killed_again_and_again_lose_nothing(
+    billing: Billing, batch: tuple[str, ...]
+) -> None:
+    """Whole workers, whatever they have in hand, in their sockets and under way to them."""
+    chance = random.Random(7)
+    orders = [f"again-{len(batch)}-{number:03}" for number in range(240)]
+    options = ("--concurrency", "2", *batch)
+    settings = {"BILLING_EVENTS_ONLY": "yes", "BILLING_VISIBILITY": "1"}
+    for at in range(0, len(orders), 60):
+        doomed = billing.worker(*options, **settings)
+        for order in orders[at : at + 60]:
+            billing.send(billing.placed(order, do="sleep 0.005"))
+        enough = at + chance.randint(1, 50)
+        eventually(partial(_has_effects, billing, orders, enough))
+        doomed.kill()
+
+    last = billing.worker(*options, **settings)
+    eventually(lambda: billing.effects_of(*orders) == orders, 30, lambda: last.log)
+    billing.until_nothing_is_left()
+    assert billing.effects_of(*orders) == orders
+
+
+def _has_effects(billing: Billing, orders: list[str], count: int) -> bool:
+    return len(billing.effects_of(*orders)) >= count
 
 
 # ---- the database goes away ----
