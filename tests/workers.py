@@ -145,6 +145,14 @@ class Billing:
         eventually(lambda: self.queued() == 0)
         eventually(lambda: self.rows("SELECT 1 FROM outbox.pending_delivery") == [], 30)
 
+    def until_a_handler_is_at_work(self, worker: Worker) -> None:
+        """Wait for a handler that has written and now sleeps in its transaction."""
+        at_work = (
+            "SELECT 1 FROM pg_stat_activity "
+            "WHERE datname = current_database() AND state = 'idle in transaction'"
+        )
+        eventually(lambda: self.rows(at_work), explain=lambda: worker.log)
+
     def queued(self) -> int:
         with self.connection.channel() as channel:
             count: int = kombu_queue(self._topology)(channel).queue_declare()[1]
@@ -190,7 +198,8 @@ class Worker:
     def terminate(self) -> int:
         """A warm shutdown; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        eventually(lambda: not self.is_alive, 30, lambda: self.log)
+        return self.process.wait()
 
     def kill(self) -> None:
         """SIGKILL to the worker and all of its children, at once."""

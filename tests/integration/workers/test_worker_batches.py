@@ -133,7 +133,7 @@ def test_a_warm_shutdown_gives_back_what_was_not_begun(billing: Billing) -> None
     for order in orders:
         billing.send(billing.placed(order, do="sleep 0.05"))
     first = batched(billing)
-    eventually(lambda: "messages[" in first.log, explain=lambda: first.log)
+    billing.until_a_handler_is_at_work(first)
 
     assert first.terminate() == 0
     done = billing.effects_of(*orders)

@@ -36,11 +36,7 @@ def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest(
     first = billing.worker("--pool", pool, "--concurrency", "2")
     for order in orders:
         billing.send(billing.placed(order, do="sleep 1"))
-    working = (
-        "SELECT 1 FROM pg_stat_activity "
-        "WHERE datname = current_database() AND state = 'idle in transaction'"
-    )
-    eventually(lambda: billing.rows(working), explain=lambda: first.log)
+    billing.until_a_handler_is_at_work(first)
 
     assert first.terminate() == 0
     assert 0 < len(billing.effects_of(*orders)) < len(orders)
