@@ -1,0 +1,263 @@
+"""Kafka, through librdkafka's idempotent producer: every replica in sync has a record before it counts as taken.
+
+Each record reports its own delivery, and a batch is confirmed by its last report: no sooner, as nothing else says
+that all of it arrived, and no later, as later batches have counts of their own. Order holds within a producer's life:
+it writes each partition in the order of `send`, and no record of it times out by itself (a later one could then pass
+it). Instead the first failure, whichever, or the batch's time being up, ends the producer: what it has not sent is
+thrown away before anything is sent by the next one. What was on the wire may still arrive: it is sent again all the
+same, and the inbox drops one of the two.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+from weakref import WeakMethod
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from outbox.buses.base import Confirmation, OutgoingMessage
+from outbox.buses.kafka_record import record_headers, record_key
+from outbox.buses.kafka_settings import KafkaSettings
+from outbox.buses.kafka_topics import check_name, create_missing, told, topic_of, topics_of
+from outbox.buses.topology import DEFAULT_EXCHANGE, Topology
+from outbox.errors import BusError, ConfigurationError
+
+log = logging.getLogger(__name__)
+
+_NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
+_DEFAULTS: Final = {
+    "client.id": "outbox",
+    "linger.ms": 1,
+    "compression.type": "lz4",
+    # As Java's clients and Debezium do, so that a key is in the same partition whoever wrote it.
+    "partitioner": "murmur2_random",
+    "queue.buffering.max.kbytes": 262_144,
+    "message.max.bytes": 16_000_000,  # bounds memory only: how large a record may be, the topic says
+    "log_level": 2,  # what matters comes as an error or in a report
+}
+_SAFE: Final = {"acks": "all", "enable.idempotence": True, "message.timeout.ms": 0}
+_SERVED_EVERY: Final = 1_000
+"""Reports are taken in after so many records, so that they never pile up."""
+_WHAT_TO_DO: Final = {
+    KafkaError.MSG_SIZE_TOO_LARGE: "raise max.message.bytes of the topic, and the brokers' replica.fetch.max.bytes",
+    KafkaError._UNKNOWN_TOPIC: "make the topic, or leave out create_topics=false in the URL",
+    KafkaError.UNKNOWN_TOPIC_OR_PART: "make the topic, or leave out create_topics=false in the URL",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "allow this user to write to the topic",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "allow this user IdempotentWrite on the cluster",
+    KafkaError.NOT_ENOUGH_REPLICAS: "bring the missing brokers back, or lower min.insync.replicas",
+}
+
+
+class KafkaBus:
+    """A producer, made when it is first used, and made again after an error."""
+
+    def __init__(
+        self, url: str, exchange: str = DEFAULT_EXCHANGE, *, timeout: float = 30.0
+    ) -> None:
+        """*timeout*: seconds for a batch to be confirmed, and for making topics. *url*: see `KafkaSettings`.
+
+        Raises `ConfigurationError` for a URL that cannot be read, and for a property that librdkafka does not know.
+        """
+        self._settings = KafkaSettings.of(url)
+        self._exchange = exchange
+        self._timeout = timeout
+        self._producer: _Producer | None = None
+        self._topics: dict[str, str] = {}
+        self._made: set[str] = set()
+        check_name(topic_of(exchange, "x.y"))
+        self._open().end("only tried")
+
+    @property
+    def unrouted(self) -> Mapping[str, int]:
+        """Always empty: a topic keeps what nobody reads."""
+        return _NOTHING
+
+    def declare(self, topology: Topology) -> None:
+        """Make the service's topic and those of the types that it takes, if the URL allows it."""
+        self._make({name for name in topics_of(topology) if not name.startswith("^")})
+
+    def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
+        producer = self._ready()
+        topics = [message.queue or self._topic(message.type) for message in batch]
+        self._make(set(topics))
+        confirmation = _Batch(producer, len(batch), self._timeout)
+        for topic, message in zip(topics, batch, strict=True):
+            producer.produce(topic, message, confirmation)
+        producer.serve(0)
+        return confirmation
+
+    def keep_alive(self) -> None:
+        if self._producer is not None and self._producer.is_usable:
+            self._producer.serve(0)
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.end("the bus was closed")
+            self._producer = None
+
+    def _ready(self) -> _Producer:
+        if self._producer is not None and not self._producer.is_usable:
+            self._producer.end()
+            self._producer = None
+            self._made.clear()  # A topic may be what failed: deleted, say.
+        if self._producer is None:
+            self._producer = self._open()
+        return self._producer
+
+    def _open(self) -> _Producer:
+        try:
+            return _Producer(self._settings)
+        except KafkaException as error:
+            raise ConfigurationError(
+                f"the URL of Kafka at {self._settings.servers}: {told(error)}"
+            ) from error
+
+    def _topic(self, event_type: str) -> str:
+        topic = self._topics.get(event_type)
+        if topic is None:
+            topic = self._topics[event_type] = topic_of(self._exchange, event_type)
+        return topic
+
+    def _make(self, topics: set[str]) -> None:
+        new = topics - self._made
+        if not new:
+            return
+        if self._settings.create_topics:
+            create_missing(self._ready().client, self._settings, new, min(self._timeout, 10))
+        self._made |= new
+
+
+class _Batch:
+    """The reports of one batch as they come in."""
+
+    __slots__ = ("_deadline", "_left", "_producer")
+
+    def __init__(self, producer: _Producer, size: int, timeout: float) -> None:
+        self._producer = producer
+        self._left = size
+        self._deadline = time.monotonic() + timeout
+
+    def reported(self, error: KafkaError | None, record: Any) -> None:
+        """Called by the client library, once for each record."""
+        if error is None:
+            self._left -= 1
+        else:
+            self._producer.failed(error, record.topic())
+
+    def wait(self) -> None:
+        producer = self._producer
+        while self._left and producer.is_usable:
+            remaining = self._deadline - time.monotonic()
+            producer.serve(max(0.0, min(remaining, 0.5)))
+            if self._left and remaining <= 0:
+                producer.give_up(
+                    f"{self._left} records not confirmed in time{producer.last_trouble}"
+                )
+        if self._left:
+            raise producer.error
+
+    def check_time(self) -> None:
+        """Make room in a full queue, if there is still time for it."""
+        if time.monotonic() > self._deadline:
+            self._producer.give_up(f"its queue stayed full{self._producer.last_trouble}")
+            raise self._producer.error
+        self._producer.serve(0.1)
+
+
+class _Producer:
+    """One life of librdkafka's producer, from its first record to its first failure."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._place = settings.servers
+        self._why = ""
+        self._trouble: KafkaError | None = None
+        self._unserved = 0
+        fixed = {**_SAFE, "error_cb": _weakly(self._on_error)}
+        self.client: Any = Producer(settings.client(_DEFAULTS, fixed))
+
+    @property
+    def is_usable(self) -> bool:
+        return not self._why
+
+    @property
+    def error(self) -> BusError:
+        return BusError(f"Kafka at {self._place}: {self._why}")
+
+    @property
+    def last_trouble(self) -> str:
+        return f" (last heard: {told(self._trouble)})" if self._trouble else ""
+
+    def produce(self, topic: str, message: OutgoingMessage, batch: _Batch) -> None:
+        if self._why:
+            raise self.error
+        while True:
+            try:
+                self.client.produce(
+                    topic,
+                    message.body,
+                    record_key(message),
+                    headers=record_headers(message),
+                    on_delivery=batch.reported,
+                )
+                break
+            except BufferError:
+                batch.check_time()
+                if self._why:
+                    raise self.error from None
+            except KafkaException as error:
+                self.failed(error.args[0], topic, f"event {message.event_id}: ")
+                raise self.error from error
+        self._unserved += 1
+        if self._unserved >= _SERVED_EVERY:
+            self._unserved = 0
+            self.serve(0)
+
+    def serve(self, timeout: float) -> None:
+        """Take in what the library has to report; waits for the first of it. Never raises."""
+        try:
+            self.client.poll(timeout)
+        except KafkaException as error:
+            self.give_up(f"the producer ended: {told(error)}")
+
+    def failed(self, error: KafkaError, topic: str, what: str = "") -> None:
+        """A record was not taken: with it ends the producer, so that no later one gets ahead of it."""
+        hint = _WHAT_TO_DO.get(error.code())
+        self.give_up(f"topic {topic!r}: {what}{told(error)}" + (f": {hint}" if hint else ""))
+
+    def give_up(self, why: str) -> None:
+        """Send nothing more. The first reason stays."""
+        if self._why:
+            return
+        self._why = why
+        self.client.purge(in_queue=True, in_flight=True, blocking=False)
+
+    def end(self, why: str = "") -> None:
+        """Give up, and let go of its threads and connections. Not to be called from one of its reports."""
+        self.give_up(why)
+        self.serve(0)
+        self.client = None
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            self.give_up(f"the producer ended: {told(error)}")
+        elif error.code() != KafkaError._ALL_BROKERS_DOWN:  # what came before it says more
+            # Most pass by themselves, as the library tries again; what does not ends a batch.
+            if self._trouble is None or self._trouble.code() != error.code():
+                log.info("Kafka at %s: %s", self._place, told(error))
+            self._trouble = error
+
+
+def _weakly(method: Callable[[KafkaError], None]) -> Callable[[KafkaError], None]:
+    """*method* for the library to call, without keeping its object, and so the library's client, alive."""
+    reference = WeakMethod(method)
+
+    def call(error: KafkaError) -> None:
+        found = reference()
+        if found is not None:
+            found(error)
+
+    return call
