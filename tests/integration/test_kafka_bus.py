@@ -60,9 +60,8 @@ def test_what_happened_to_one_key_is_in_one_partition_in_its_order(
         message(("order.created", "order.paid")[number % 2], b"%d" % number, key=f"k{number % 7}")
         for number in range(3_000)
     ]
-    for start in range(0, 3_000, 500):
-        bus.send(sent[start : start + 500])
-    bus.send(sent[:0]).wait()
+    for confirmation in [bus.send(sent[start : start + 500]) for start in range(0, 3_000, 500)]:
+        confirmation.wait()
     by_key = defaultdict(list)
     for one in records(kafka.servers, "events.order", 3_000):
         by_key[one.key().decode(), one.partition()].append(one.value())
@@ -111,7 +110,9 @@ def test_a_refused_record_fails_its_batch_and_every_later_one(kafka: MockKafka) 
     kafka.refuse(PRODUCE, NOT_ALLOWED)
     refused, later = bus.send([message()]), bus.send([message()])
     for _ in range(2):
-        with pytest.raises(BusError, match=r"'events.order'.*allow this user to write to the topic"):
+        with pytest.raises(
+            BusError, match=r"'events.order'.*allow this user to write to the topic"
+        ):
             refused.wait()
     with pytest.raises(BusError):
         later.wait()
