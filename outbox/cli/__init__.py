@@ -16,6 +16,7 @@ from outbox.cli.lazy import Lazy, LazyGroup
 _COMMANDS: Final = {
     "migrate": Lazy("outbox.cli.migrate", "Create or change the tables."),
     "relay": Lazy("outbox.cli.relay", "Carry committed events to the broker."),
+    "consume": Lazy("outbox.cli.consume", "Handle a service's events from Kafka."),
     "status": Lazy("outbox.cli.status", "Show what waits: events, deliveries, dead letters."),
     "doctor": Lazy("outbox.cli.doctor", "Check everything that could quietly break a promise."),
     "dead": Lazy("outbox.cli.dead", "Deliveries that a handler failed for good."),

@@ -59,7 +59,7 @@ def broker_url(*, required: bool = True) -> Callable[[F], F]:
         required=required,
         callback=_url_or_file,
         metavar="URL",
-        help="amqp://... or redis://... or @FILE with the URL in it.",
+        help="amqp://..., redis://..., kafka://... or @FILE with the URL in it.",
     )
 
 
@@ -79,6 +79,12 @@ exchange = click.option(
     default="events",
     show_default=True,
     help="The topic exchange that events go to.",
+)
+log_level = click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")

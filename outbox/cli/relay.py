@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
 import threading
 from datetime import timedelta
-from types import FrameType
 
 import click
 
 from outbox.buses import open_bus
 from outbox.cli import options
 from outbox.cli.output import masked, print_json, reporting_problems
+from outbox.cli.process import log_to_stderr, stop_on_signals
 from outbox.relay import Relay, RelaySettings
 from outbox.schema import component
 
@@ -42,12 +39,7 @@ _DEFAULTS = RelaySettings()
     is_flag=True,
     help="Prepare no statements: for a transaction pooler that cannot have them.",
 )
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-)
+@options.log_level
 @options.as_json
 @reporting_problems
 def command(
@@ -66,12 +58,12 @@ def command(
     go to the others. A second signal ends it at once; what was under way is sent again by whoever
     comes next. With --json the last line of output says what was done.
     """
-    _log_to_stderr(log_level)
+    log_to_stderr(log_level)
     settings = RelaySettings(retention=retention * _DAY, prepare=not no_prepare)
     bus = open_bus(broker_url, exchange)
     relay = Relay(database_url, bus, schema=schema, settings=settings)
     stopping = threading.Event()
-    _stop_on_signals(relay, stopping)
+    stop_on_signals(relay.stop, stopping)
     _await_tables(database_url, schema, stopping)
     if not stopping.is_set():
         log.info("relaying schema %r to %s, exchange %r", schema, masked(broker_url), exchange)
@@ -79,28 +71,6 @@ def command(
     log.info("stopped: %d events confirmed", relay.stats.confirmed)
     if as_json:
         print_json(relay.stats)
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class _WithoutSecrets(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
-
-
-def _stop_on_signals(relay: Relay, stopping: threading.Event) -> None:
-    def stop(number: int, _frame: FrameType | None) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)
-        stopping.set()
-        relay.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
 
 
 def _await_tables(database_url: str, schema: str, stopping: threading.Event) -> None:
