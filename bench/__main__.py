@@ -1,7 +1,7 @@
 """`make bench`: every figure beside its control, in one run, into a table and `bench/results.json`.
 
 Servers come from OUTBOX_DATABASE_URL and OUTBOX_BROKER_URL where they are set; otherwise an embedded PostgreSQL and an
-embedded Redis. RabbitMQ's figures need `--rabbitmq-url`,
+embedded Redis. Kafka is librdkafka's mock unless there is a `--kafka-url`. RabbitMQ's figures need `--rabbitmq-url`,
 the DBOS workflow beside the sagas `pip install dbos`.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, create_engine, make_url
 
-from bench import publishing, receiving, relaying, sagas
+from bench import kafka, publishing, receiving, relaying, sagas
 from bench.figures import Result, measure
 from outbox.schema import upgrade_engine
 
@@ -35,12 +35,14 @@ RESULTS = Path(__file__).parent / "results.json"
 )
 @click.option("--redis-url", help="[default: embedded Redis]")
 @click.option("--rabbitmq-url", help="Without it, RabbitMQ's figures are left out.")
+@click.option("--kafka-url", help="[default: librdkafka's mock cluster]")
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--only", help="Only figures whose name has this in it.")
 def main(
     database_url: str | None,
     redis_url: str | None,
     rabbitmq_url: str | None,
+    kafka_url: str | None,
     rounds: int,
     only: str | None,
 ) -> None:
@@ -51,6 +53,8 @@ def main(
         upgrade_engine(create_engine(database))
         figures = [*publishing.figures(database), *relaying.figures(database, redis, rabbitmq_url)]
         figures += receiving.figures(database, rabbitmq_url or redis)
+        if not only or only in "relay to Kafka":
+            figures += stack.enter_context(kafka.figures(database, kafka_url))
         if not only or only in "sagas":
             figures += stack.enter_context(sagas.figures(database, redis))
         results = [measure(figure, rounds) for figure in figures if not only or only in figure.name]

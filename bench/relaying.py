@@ -28,7 +28,7 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
     yield Figure(
         "relay to Redis",
         "events/s",
-        _relaying(database, redis_url),
+        relaying(database, redis_url),
         _send_task(redis_url),
         "celery send_task",
         10,
@@ -37,21 +37,21 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
         for awaited, floor in ((False, 0.95), (True, 7)):
             how = "each awaited" if awaited else "pipelined"
             yield Figure(
-                f"relay to RabbitMQ, quorum queue ({how})", "events/s", _relaying(database, rabbitmq_url),
+                f"relay to RabbitMQ, quorum queue ({how})", "events/s", relaying(database, rabbitmq_url),
                 _py_amqp(rabbitmq_url, awaited), f"py-amqp, {how}", floor,
             )  # fmt: skip
 
 
-def _relaying(database: URL, broker_url: str) -> Any:
+def relaying(database: URL, broker_url: str, events: int = EVENTS) -> Any:
     bus = open_bus(broker_url, "bench")
     bus.declare(Topology("bench.events", ("order.created",), "bench"))
 
     def relay(timer: Timer) -> None:
         with psycopg.connect(conninfo(database), autocommit=True) as connection:
-            fill(connection, EVENTS)
-        relay = Relay(database, _Counting(bus, EVENTS))
+            fill(connection, events)
+        relay = Relay(database, _Counting(bus, events))
         relay._bus.relay = relay  # type: ignore[attr-defined]
-        with timer.counting(EVENTS):
+        with timer.counting(events):
             relay.run()
 
     return relay

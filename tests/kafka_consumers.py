@@ -20,7 +20,6 @@ from tests.apps import billing
 from tests.mock_kafka import MockKafka
 from tests.workers import ROOT, eventually
 
-
 _COMMAND = "from outbox.cli import main; main()"
 
 

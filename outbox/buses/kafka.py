@@ -20,7 +20,7 @@ from weakref import WeakMethod
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from outbox.buses.base import Confirmation, OutgoingMessage
-from outbox.buses.kafka_record import record_headers, record_key
+from outbox.buses.kafka_record import Headers, RecordEncoder
 from outbox.buses.kafka_settings import KafkaSettings
 from outbox.buses.kafka_topics import check_name, create_missing, told, topic_of, topics_of
 from outbox.buses.topology import DEFAULT_EXCHANGE, Topology
@@ -40,8 +40,6 @@ _DEFAULTS: Final = {
     "log_level": 2,  # what matters comes as an error or in a report
 }
 _SAFE: Final = {"acks": "all", "enable.idempotence": True, "message.timeout.ms": 0}
-_SERVED_EVERY: Final = 1_000
-"""Reports are taken in after so many records, so that they never pile up."""
 _WHAT_TO_DO: Final = {
     KafkaError.MSG_SIZE_TOO_LARGE: "raise max.message.bytes of the topic, and the brokers' replica.fetch.max.bytes",
     KafkaError._UNKNOWN_TOPIC: "make the topic, or leave out create_topics=false in the URL",
@@ -68,6 +66,7 @@ class KafkaBus:
         self._producer: _Producer | None = None
         self._topics: dict[str, str] = {}
         self._made: set[str] = set()
+        self._encoder = RecordEncoder()
         check_name(topic_of(exchange, "x.y"))
         self._open().end("only tried")
 
@@ -85,8 +84,9 @@ class KafkaBus:
         topics = [message.queue or self._topic(message.type) for message in batch]
         self._make(set(topics))
         confirmation = _Batch(producer, len(batch), self._timeout)
+        produce, encode = producer.produce, self._encoder.encode
         for topic, message in zip(topics, batch, strict=True):
-            producer.produce(topic, message, confirmation)
+            produce(topic, message, *encode(message), confirmation)
         producer.serve(0)
         return confirmation
 
@@ -175,9 +175,9 @@ class _Producer:
         self._place = settings.servers
         self._why = ""
         self._trouble: KafkaError | None = None
-        self._unserved = 0
         fixed = {**_SAFE, "error_cb": _weakly(self._on_error)}
         self.client: Any = Producer(settings.client(_DEFAULTS, fixed))
+        self._produce: Any = self.client.produce
 
     @property
     def is_usable(self) -> bool:
@@ -191,19 +191,15 @@ class _Producer:
     def last_trouble(self) -> str:
         return f" (last heard: {told(self._trouble)})" if self._trouble else ""
 
-    def produce(self, topic: str, message: OutgoingMessage, batch: _Batch) -> None:
+    def produce(
+        self, topic: str, message: OutgoingMessage, key: bytes, headers: Headers, batch: _Batch
+    ) -> None:
         if self._why:
             raise self.error
         while True:
             try:
-                self.client.produce(
-                    topic,
-                    message.body,
-                    record_key(message),
-                    headers=record_headers(message),
-                    on_delivery=batch.reported,
-                )
-                break
+                self._produce(topic, message.body, key, headers=headers, on_delivery=batch.reported)
+                return
             except BufferError:
                 batch.check_time()
                 if self._why:
@@ -211,10 +207,6 @@ class _Producer:
             except KafkaException as error:
                 self.failed(error.args[0], topic, f"event {message.event_id}: ")
                 raise self.error from error
-        self._unserved += 1
-        if self._unserved >= _SERVED_EVERY:
-            self._unserved = 0
-            self.serve(0)
 
     def serve(self, timeout: float) -> None:
         """Take in what the library has to report; waits for the first of it. Never raises."""
@@ -239,7 +231,7 @@ class _Producer:
         """Give up, and let go of its threads and connections. Not to be called from one of its reports."""
         self.give_up(why)
         self.serve(0)
-        self.client = None
+        self.client = self._produce = None
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():

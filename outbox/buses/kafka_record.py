@@ -16,26 +16,33 @@ from outbox.buses.message import message_keywords
 
 CONTENT_TYPE: Final = b"application/cloudevents+json; charset=UTF-8"
 TYPE_HEADER: Final = "ce_type"
+ID_HEADER: Final = "ce_id"
 KEYWORDS_HEADER: Final = "outbox"
 
 Headers = list[tuple[str, bytes]]
 
 
-def record_key(message: OutgoingMessage) -> bytes:
-    """The event's key; without one its id, so that copies of it meet in one partition."""
-    return (message.key if message.key is not None else str(message.event_id)).encode()
+class RecordEncoder:
+    """Makes keys and headers."""
 
+    def __init__(self) -> None:
+        self._of_type: dict[str, Headers] = {}
 
-def record_headers(message: OutgoingMessage) -> Headers:
-    headers = [
-        ("content-type", CONTENT_TYPE),
-        (TYPE_HEADER, message.type.encode()),
-        ("ce_id", str(message.event_id).encode()),
-    ]
-    keywords = message_keywords(message)
-    if keywords:
-        headers.append((KEYWORDS_HEADER, json.dumps(keywords).encode()))
-    return headers
+    def encode(self, message: OutgoingMessage) -> tuple[bytes, Headers]:
+        """The event's key, without one its id, so that copies of it meet in one partition; and the headers."""
+        event_id = str(message.event_id).encode()
+        headers = [*self._known(message.type), (ID_HEADER, event_id)]
+        if message.handler is not None or message.key_seq is not None:
+            keywords = json.dumps(message_keywords(message)).encode()
+            headers.append((KEYWORDS_HEADER, keywords))
+        return event_id if message.key is None else message.key.encode(), headers
+
+    def _known(self, event_type: str) -> Headers:
+        known = self._of_type.get(event_type)
+        if known is None:
+            known = [("content-type", CONTENT_TYPE), (TYPE_HEADER, event_type.encode())]
+            self._of_type[event_type] = known
+        return known
 
 
 def header_texts(headers: Iterable[tuple[str, Any]] | None) -> dict[str, str]:

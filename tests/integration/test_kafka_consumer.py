@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
+from sqlalchemy.orm import Session
 
+import outbox
+from outbox.relay import Relay
+from tests.apps.billing import Placed, registry
 from tests.kafka_consumers import BillingOnKafka
-from tests.mock_kafka import MockKafka
+from tests.mock_kafka import PRODUCE, MockKafka
 from tests.workers import eventually
+
+NOT_ALLOWED = 29
 
 
 @pytest.fixture
@@ -28,6 +35,31 @@ def billing(
     made = BillingOnKafka(migrated_database_url, kafka, tmp_path)
     yield made
     made.close()
+
+
+def test_what_is_committed_is_handled_once_though_the_broker_refuses_and_the_consumer_dies(
+    billing: BillingOnKafka,
+) -> None:
+    orders = [f"o{number:03}" for number in range(300)]
+    relay = Relay(billing.engine.url, billing.bus)
+    relaying = threading.Thread(target=relay.run)
+    doomed = billing.consumer(OUTBOX_CRASH_AT="receive.before_ack:150")
+    relaying.start()
+    try:
+        for start in range(0, 300, 50):
+            billing.kafka.refuse(PRODUCE, NOT_ALLOWED)
+            with Session(billing.engine) as session, session.begin():
+                events = [Placed(order=order) for order in orders[start : start + 50]]
+                outbox.publish_all(session, events, source="orders", registry=registry)
+        doomed.await_death()
+        with billing.kafka.down():
+            billing.consumer(ready=False)
+        billing.await_effects(*orders)
+    finally:
+        relay.stop()
+        relaying.join(30)
+    assert relay.stats.failures
+    assert billing.count("quarantine") == billing.count("dead_letter") == 0
 
 
 def test_what_a_consumer_settled_comes_to_no_other_one(billing: BillingOnKafka) -> None:

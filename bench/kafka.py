@@ -1,0 +1,76 @@
+"""From the log to Kafka, on librdkafka's mock cluster in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import URL
+
+from bench.figures import Figure, Timer
+from bench.relaying import BODY, relaying
+
+EVENTS = 100_000
+
+_SERVE = """
+import sys
+from confluent_kafka import Producer
+host = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 2})
+print(",".join(f"{one.host}:{one.port}" for one in host.list_topics(timeout=10).brokers.values()), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def figures(database: URL, kafka_url: str | None) -> Iterator[list[Figure]]:
+    """The figure, on the brokers at *kafka_url*, else on a mock."""
+    with _mock() if kafka_url is None else _nothing(kafka_url) as url:
+        name = "relay to Kafka" + (" (librdkafka's mock)" if kafka_url is None else "")
+        control, bare = _bare(url), "bare confluent-kafka loop"
+        yield [Figure(name, "events/s", relaying(database, url, EVENTS), control, bare, 0.5)]
+
+
+@contextmanager
+def _mock() -> Iterator[str]:
+    with subprocess.Popen(
+        [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield f"kafka://{process.stdout.readline().strip()}/?create_topics=false"
+
+
+@contextmanager
+def _nothing(url: str) -> Iterator[str]:
+    yield url
+
+
+def _bare(url: str) -> Any:
+    """Idempotent as ours, each body under a key; says nothing unless something fails."""
+    from confluent_kafka import Producer
+
+    from outbox.buses.kafka_settings import KafkaSettings
+
+    failed: list[Any] = []
+    fixed = {
+        "enable.idempotence": True,
+        "acks": "all",
+        "linger.ms": 5,
+        "queue.buffering.max.messages": 1_000_000,
+        "delivery.report.only.error": True,
+        "on_delivery": lambda error, _: failed.append(error),
+        "log_level": 2,
+    }
+    producer: Any = Producer(KafkaSettings.of(url).client(fixed=fixed))
+
+    def produce(timer: Timer) -> None:
+        keys = [b"%d" % number for number in range(EVENTS)]
+        with timer.counting(EVENTS):
+            for key in keys:
+                producer.produce("bench.control", BODY, key)
+            assert producer.flush(30) == 0
+        assert not failed, failed[0]
+
+    return produce
