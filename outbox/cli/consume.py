@@ -34,6 +34,13 @@ log = logging.getLogger("outbox.consume")
     show_default=True,
     help="Partitions that are worked on at a time, each in a thread.",
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    help="Events of a partition that may be handled in one transaction, if so many wait.",
+)
 @options.log_level
 @options.as_json
 @reporting_problems
@@ -42,6 +49,7 @@ def command(
     broker_url: str,
     database_url: str | None,
     concurrency: int,
+    batch: int,
     log_level: str,
     as_json: bool,
 ) -> None:
@@ -56,7 +64,7 @@ def command(
     last line of output says what was done.
     """
     log_to_stderr(log_level)
-    consumer = _consumer(target, broker_url, database_url, concurrency)
+    consumer = _consumer(target, broker_url, database_url, concurrency, batch)
     stopping = threading.Event()
     stop_on_signals(consumer.stop, stopping)
     log.info("consuming from %s", masked(broker_url))
@@ -66,7 +74,9 @@ def command(
         print_json(consumer.stats)
 
 
-def _consumer(target: str, broker_url: str, database_url: str | None, concurrency: int) -> Consumer:
+def _consumer(
+    target: str, broker_url: str, database_url: str | None, concurrency: int, batch: int
+) -> Consumer:
     try:
         from outbox.kafka import Consumer, ConsumerSettings
     except ModuleNotFoundError as error:
@@ -79,7 +89,7 @@ def _consumer(target: str, broker_url: str, database_url: str | None, concurrenc
         found["database_url"] = database_url
     elif not found:
         raise click.UsageError("name the service's database: --database-url")
-    consuming = ConsumerSettings(concurrency=concurrency)
+    consuming = ConsumerSettings(concurrency=concurrency, batch=batch)
     return Consumer(service, broker_url, consuming=consuming, **found)
 
 

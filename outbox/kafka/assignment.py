@@ -27,8 +27,9 @@ _ENOUGH: Final = 200
 class Assignment:
     """Partitions by topic and number. For one thread, beside those that it starts to work on them."""
 
-    def __init__(self, receive: Receive, concurrency: int) -> None:
+    def __init__(self, receive: Receive, concurrency: int, batch: int) -> None:
         self._receive = receive
+        self._batch = batch
         self._partitions: dict[tuple[str, int], Partition] = {}
         self._ready: SimpleQueue[Partition | None] = SimpleQueue()
         self._threads = [
@@ -52,7 +53,7 @@ class Assignment:
 
     def add(self, assigned: Iterable[TopicPartition]) -> None:
         for one in assigned:
-            partition = Partition(one.topic, one.partition, self._receive)
+            partition = Partition(one.topic, one.partition, self._receive, self._batch)
             self._partitions[one.topic, one.partition] = partition
             log.info("%s is read here", partition)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -31,6 +31,7 @@ from outbox.celery.sweeping import check_schema
 from outbox.errors import BusError, ConfigurationError
 from outbox.kafka.assignment import Assignment
 from outbox.kafka.own_topic import OwnTopic
+from outbox.kafka.partition import Receive
 from outbox.kafka.record import RecordReceiver
 from outbox.receive import Receipt, Receiver, ReceiveSettings
 from outbox.service import Service
@@ -59,6 +60,8 @@ class ConsumerSettings:
 
     concurrency: int = 1
     """Partitions that are worked on at a time, each in a thread."""
+    batch: int = 1
+    """Events of a partition that may be handled in one transaction, if so many wait."""
     commit_every: float = 1.0
     """Seconds between two commits of offsets."""
     patience: float = 25.0
@@ -165,7 +168,7 @@ class Consumer:
             self._service, self._engine, self._receive_settings, on_due=self._bell.ring
         )
         receive = partial(self._receive, RecordReceiver(receiver).receive)
-        assignment = Assignment(receive, self._settings.concurrency)
+        assignment = Assignment(receive, self._settings.concurrency, self._settings.batch)
         client = self._open()
         try:
             client.subscribe(
@@ -221,9 +224,8 @@ class Consumer:
         log.warning("Kafka at %s: %s", self._kafka.servers, told(error))
 
     def _receive(
-        self, receive: Callable[..., Receipt | None], record: Any, *, redelivered: bool
-    ) -> Receipt | None:
-        receipt = receive(record, redelivered=redelivered)
-        if receipt is None:
-            self.stats.passed_over += 1
-        return receipt
+        self, receive: Receive, records: Sequence[Any], *, redelivered: bool
+    ) -> list[Receipt | None]:
+        receipts = receive(records, redelivered=redelivered)
+        self.stats.passed_over += receipts.count(None)
+        return receipts

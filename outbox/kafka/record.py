@@ -1,14 +1,15 @@
-"""One record from Kafka, given to the receiver."""
+"""Records from Kafka, given to the receiver."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from outbox.buses.kafka_record import KEYWORDS_HEADER, TYPE_HEADER, header_texts
 from outbox.envelope import decode
 from outbox.errors import MalformedMessage
-from outbox.receive import Receipt, Receiver
+from outbox.receive import Incoming, Receipt, Receiver
 
 
 class RecordReceiver:
@@ -19,27 +20,38 @@ class RecordReceiver:
         self._own_topic = receiver.service.queue
         self._taken = frozenset(receiver.service.bindings)
 
-    def receive(self, record: Any, *, redelivered: bool) -> Receipt | None:
-        """Settle *record*, so that it can be left behind; None where it is not for this service.
+    def receive(self, records: Sequence[Any], *, redelivered: bool) -> list[Receipt | None]:
+        """Settle *records*, so that they can be left behind; None for one that is not for this service.
 
-        Raises `NotSettled`.
+        More than one are taken in one transaction where that is possible. Raises `NotSettled`.
         """
-        body = record.value() or b""
-        headers = header_texts(record.headers())
-        where = {
-            "topic": record.topic(),
-            "partition": record.partition(),
-            "offset": record.offset(),
-        }
-        if record.topic() != self._own_topic and self._is_for_others(body, headers):
-            return None
-        try:
-            keywords = _keywords(headers.get(KEYWORDS_HEADER))
-        except MalformedMessage as error:
-            return self._receiver.quarantine(body, str(error), {**headers, **where})
-        return self._receiver.receive(
-            body, redelivered=redelivered, headers={**headers, **where}, **keywords
-        )
+        receipts: list[Receipt | None] = [None] * len(records)
+        ours: list[tuple[int, Incoming]] = []
+        for number, record in enumerate(records):
+            body = record.value() or b""
+            headers = header_texts(record.headers())
+            if record.topic() != self._own_topic and self._is_for_others(body, headers):
+                continue
+            came = {
+                **headers,
+                "topic": record.topic(),
+                "partition": record.partition(),
+                "offset": record.offset(),
+            }
+            try:
+                handler, key_seq = _keywords(headers.get(KEYWORDS_HEADER))
+            except MalformedMessage as error:
+                receipts[number] = self._receiver.quarantine(body, str(error), came)
+            else:
+                ours.append((number, Incoming(body, handler, key_seq, redelivered, came)))
+        for (number, _), receipt in zip(ours, self._settle([one for _, one in ours]), strict=True):
+            receipts[number] = receipt
+        return receipts
+
+    def _settle(self, messages: list[Incoming]) -> list[Receipt]:
+        if len(messages) > 1:
+            return self._receiver.take_in_batch(messages)
+        return [self._receiver.take_in(one) for one in messages]
 
     def _is_for_others(self, body: bytes, headers: dict[str, str]) -> bool:
         event_type = headers.get(TYPE_HEADER)
@@ -52,9 +64,9 @@ class RecordReceiver:
         return event_type not in self._taken
 
 
-def _keywords(header: str | None) -> dict[str, Any]:
+def _keywords(header: str | None) -> tuple[str | None, int | None]:
     if header is None:
-        return {}
+        return None, None
     try:
         keywords = json.loads(header)
     except ValueError as error:
@@ -63,5 +75,5 @@ def _keywords(header: str | None) -> dict[str, Any]:
         case {**only} if only.keys() <= {"handler", "key_seq"}:
             handler, key_seq = only.get("handler"), only.get("key_seq")
             if isinstance(handler, str | None) and (key_seq is None or type(key_seq) is int):
-                return {"handler": handler or None, "key_seq": key_seq}
+                return handler or None, key_seq
     raise MalformedMessage(f"its header {KEYWORDS_HEADER!r} says something else: {header[:200]}")

@@ -30,7 +30,10 @@ class Receiver:
     answers: dict[int, list[Any]] = field(default_factory=dict)
     given: list[tuple[int, bool]] = field(default_factory=list)
 
-    def __call__(self, record: Record, *, redelivered: bool) -> Receipt | None:
+    def __call__(self, records: list[Record], *, redelivered: bool) -> list[Receipt | None]:
+        return [self._answer(one, redelivered) for one in records]
+
+    def _answer(self, record: Record, redelivered: bool) -> Receipt | None:
         self.given.append((record.number, redelivered))
         waiting = self.answers.get(record.number)
         answer = waiting.pop(0) if waiting else self.outcome
@@ -42,8 +45,8 @@ class Receiver:
         return Receipt(outcomes={"h": answer}) if isinstance(answer, Outcome) else answer
 
 
-def partition_of(receiver: Receiver, *numbers: int) -> Partition:
-    made = Partition("events.order", 0, receiver)
+def partition_of(receiver: Receiver, *numbers: int, batch: int = 1) -> Partition:
+    made = Partition("events.order", 0, receiver, batch)
     for number in numbers:
         made.add(Record(number))
     return made
@@ -114,6 +117,24 @@ def test_a_record_that_raised_counts_as_handed_out_before() -> None:
     receiver = Receiver(answers={2: [RuntimeError("a bug")]})
     partition_of(receiver, 1, 2, 3).work()
     assert receiver.given == [(1, True), (2, False), (2, True), (3, False)]
+
+
+def test_records_are_taken_together_once_none_of_them_may_have_killed_a_worker() -> None:
+    sizes: list[int] = []
+    receiver = Receiver(answers={1: [Outcome.DUPLICATE], 5: [RuntimeError("a bug")]})
+
+    def receive(records: list[Record], *, redelivered: bool) -> list[Receipt | None]:
+        sizes.append(len(records))
+        assert not (redelivered and len(records) > 1)
+        return receiver(records, redelivered=redelivered)
+
+    partition = Partition("events.order", 0, receive, batch=3)
+    for number in range(1, 10):
+        partition.add(Record(number))
+    partition.work()
+    # 1 was settled before; 2 to 4 may have been a dead worker's batch; the next one fails at 5
+    assert sizes == [1, 1, 1, 1, 3, 1, 1, 1, 2]
+    assert partition.settled == 10
 
 
 def test_one_thread_at_a_time_is_in_a_partition() -> None:
