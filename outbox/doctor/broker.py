@@ -9,20 +9,20 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from outbox.doctor.finding import Answer, Check, Finding, Level, fail, ok, run, warn
+from outbox.doctor.kafka import examine_kafka
 
 Arguments = Mapping[str, Any]
 Queues = Mapping[str, Arguments | None]
 """The queues that must be there, each with the arguments that its worker declares, if known."""
 
 TIMEOUT: Final = 5.0
-_KAFKA: Final = ("Kafka is not looked at yet", "see to acks=all and min.insync.replicas yourself")
 _HERE: Final = {"localhost", "127.0.0.1", "::1", None}
 
 
 def examine_broker(
     url: str, *, exchange: str = "events", queues: Queues | Iterable[str] = ()
 ) -> Iterator[Finding]:
-    """Make all checks on the broker at *url*: amqp, amqps, redis or rediss.
+    """Make all checks on the broker at *url*: amqp, amqps, redis, rediss or kafka.
 
     *queues* are those that must be there. One finding only where the broker does not answer.
     """
@@ -34,7 +34,7 @@ def examine_broker(
     if scheme in {"redis", "rediss"}:
         return _examine_redis(url, exchange, queues)
     if scheme == "kafka":
-        return iter([Finding("broker reachable", Level.WARN, *_KAFKA)])
+        return examine_kafka(url, exchange, queues, TIMEOUT)
     return iter(
         [
             Finding(

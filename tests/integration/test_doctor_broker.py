@@ -20,6 +20,7 @@ from outbox.cli import main
 from outbox.doctor import Finding, Level, broker, examine_app, examine_broker
 from outbox.service import Service
 from tests.local_servers import LocalRedis
+from tests.mock_kafka import MockKafka
 
 
 def by_name(findings: Iterator[Finding]) -> dict[str, Finding]:
@@ -136,9 +137,26 @@ def test_a_connection_in_the_clear_over_a_network_is_found(url: str, level: Leve
     assert broker.encryption(broker.Redis(None, url, "events", {}))[0] is level
 
 
-def test_kafka_is_said_not_to_be_looked_at() -> None:
-    (finding,) = examine_broker("kafka://127.0.0.1:9092")
-    assert (finding.level, finding.found) == (Level.WARN, "Kafka is not looked at yet")
+def test_kafka_is_looked_at_by_its_metadata() -> None:
+    kafka = MockKafka()
+    kafka.create_topic("events.order", 4)
+    kafka.create_topic("billing.events", 2)
+    reachable, billing, gone, copies = examine_broker(
+        kafka.url, queues=["billing.events", "gone.events"]
+    )
+    assert (reachable.level, reachable.found) == (Level.OK, "Kafka, 1 broker")
+    assert (billing.level, billing.found) == (Level.OK, "2 partitions")
+    assert (gone.level, gone.found) == (Level.WARN, "it is not there")
+    assert (copies.level, copies.found) == (
+        Level.WARN,
+        "some of 2 topics have 1 copy of a record",
+    )
+    kafka.close()
+
+
+def test_a_kafka_that_does_not_answer_is_one_finding() -> None:
+    (finding,) = examine_broker("kafka://127.0.0.1:1")
+    assert (finding.check, finding.level) == ("broker reachable", Level.FAIL)
 
 
 # ---- Redis ----
