@@ -21,15 +21,15 @@ from uuid import UUID, uuid5
 from sqlalchemy.orm import Session
 
 from outbox.service import Delivery
-from saga.context import CurrentSaga, working_for
+from saga.context import Emission
 from saga.control import COMPLETED
 from saga.declaration import ChildSaga, Reject
 from saga.errors import UndeclaredEvent
 from saga.external import Answer, end_in_an_aborted_saga
-from saga.journal import ClaimedRun, Journal, RunKey, SagaState, StepState
+from saga.journal import Journal, RunKey, SagaState, StepState
 from saga.runtime import Runtime, reset_stuck, saga_id_of
 from saga.start import start
-from saga.step import Run, finish, reject, skip
+from saga.step import Run, finish, perform, reject, skip
 
 
 def run_child(
@@ -47,27 +47,29 @@ def run_child(
         skip(journal, key, trigger, saga)
         return
     step.refuse_what_is_missing()
-    working = CurrentSaga(key.saga_id, runtime.participant, key.step, key.trigger_id)
-    try:
-        with working_for(working), journal.savepoint():
-            first = step.function(delivery.event, session)
-            journal.flush()
-    except Reject as rejection:
-        reject(
-            runtime, journal, step, Run(saga, key, before, trigger, (delivery.event,)), rejection
-        )
-        return
+    run = Run(saga, key, before, trigger, (delivery.event,))
+    perform(runtime, journal, step, run, then=_open_child)
+
+
+def _open_child(
+    runtime: Runtime,
+    journal: Journal,
+    step: ChildSaga[..., Any],
+    run: Run,
+    first: object,
+    _published: list[Emission],
+) -> None:
     if type(first) is not step.opens.payload_class:
         raise UndeclaredEvent(
             f"{step} returned {type(first).__name__}; it declares opens="
             f"{step.opens.payload_class.__name__} ({step.place})"
         )
-    child_id = child_of(runtime, key)
-    start(runtime, session, first, child_id)
-    journal.record(key, before, StepState.CALLING, trigger=trigger.body)
-    journal.adopt(child_id, key)
-    if saga.stuck:
-        reset_stuck(journal, saga)
+    child_id = child_of(runtime, run.key)
+    start(runtime, journal.session, first, child_id)
+    journal.record(run.key, run.before, StepState.CALLING, trigger=run.trigger.body)
+    journal.adopt(child_id, run.key)
+    if run.saga.stuck:
+        reset_stuck(journal, run.saga)
 
 
 def child_of(runtime: Runtime, key: RunKey) -> UUID:
@@ -89,9 +91,9 @@ def hear_of_child(
     claimed = journal.claim(key)
     assert claimed is not None
     completed = delivery.envelope.type == COMPLETED.name
-    answer = _answer(runtime, step, journal, claimed, completed=completed)
-    trigger = runtime.envelope_of(claimed.trigger)
-    run = Run(saga, key, StepState.CALLING, trigger, (runtime.read(claimed.trigger),))
+    trigger, event = runtime.read_with_envelope(claimed.trigger)
+    run = Run(saga, key, StepState.CALLING, trigger, (event,))
+    answer = _answer(runtime, step, journal, run, completed=completed)
     if saga.state.aborted:
         end_in_an_aborted_saga(runtime, journal, run, answer)
     elif answer.rejection is not None and saga.state is SagaState.RUNNING:
@@ -104,16 +106,14 @@ def _answer(
     runtime: Runtime,
     step: ChildSaga[..., Any],
     journal: Journal,
-    run: ClaimedRun,
+    run: Run,
     *,
     completed: bool,
 ) -> Answer:
     function = step.on_completed if completed else step.on_aborted
     assert function is not None
-    key = run.key
-    working = CurrentSaga(key.saga_id, runtime.participant, key.step, key.trigger_id)
-    with working_for(working):
-        event = function(runtime.read(run.trigger), journal.session)
+    with runtime.working(run.key):
+        event = function(*run.arguments, journal.session)
         journal.flush()
     if completed:
         return Answer(event)

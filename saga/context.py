@@ -48,10 +48,10 @@ def current() -> CurrentSaga | None:
 
 
 @contextmanager
-def working_for(saga: CurrentSaga) -> Iterator[None]:
+def working_for(saga: CurrentSaga) -> Iterator[CurrentSaga]:
     """Make *saga* the current one inside the block."""
     token = _current.set(saga)
     try:
-        yield
+        yield saga
     finally:
         _current.reset(token)

@@ -17,7 +17,6 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from outbox.service import Delivery
-from saga.context import CurrentSaga, working_for
 from saga.declaration import Deadline, Reject
 from saga.journal import RunKey, SagaState, StepState
 from saga.runtime import Runtime, saga_id_of
@@ -34,8 +33,7 @@ def run_deadline(
     before = None if saga.new else journal.find(key)
     if saga.state is not SagaState.RUNNING or before not in (None, StepState.STUCK):
         return
-    working = CurrentSaga(key.saga_id, runtime.participant, key.step, key.trigger_id)
-    with working_for(working):
+    with runtime.working(key):
         event = deadline.function(delivery.event, session)
         journal.flush()
     run = Run(saga, key, before, delivery.envelope, (delivery.event,))

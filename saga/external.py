@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session
 from outbox.attempt import Busy
 from outbox.crash_points import crash_point
 from outbox.service import Delivery
-from saga.context import CurrentSaga, Emission, working_for
+from saga.context import Emission
 from saga.declaration import ExternalStep, Reject
 from saga.errors import Unknown
 from saga.journal import Journal, RunKey, StepState
@@ -111,10 +111,8 @@ class Call:
         return Answer(registry.read(emitted.name, emitted.version, json.loads(verdict)))
 
     def _asked(self, ask: Callable[[], Any]) -> Answer:
-        key = self.key
-        working = CurrentSaga(key.saga_id, self.runtime.participant, key.step, key.trigger_id)
         try:
-            with working_for(working):
+            with self.runtime.working(self.key):
                 found = ask()
         except Reject as rejection:
             self.step.check_rejection(rejection.event)
@@ -196,9 +194,8 @@ def _record(
 ) -> list[Emission]:
     if step.recorder is None or not answer.took_effect:
         return []
-    working = CurrentSaga(key.saga_id, runtime.participant, key.step, key.trigger_id)
     emitted = [] if answer.event is None else [answer.event]
-    with working_for(working):
+    with runtime.working(key) as working:
         step.recorder(delivery.event, *emitted, session)
         session.flush()
     return working.published

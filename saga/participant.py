@@ -97,7 +97,7 @@ class Participant(Wiring):
         )
         self.compensation_retry = compensation_retry
         self.retention = retention
-        self._wire(unwinds_eagerly=unwind == "eager")
+        self._wire(self.journal, unwinds_eagerly=unwind == "eager")
 
     def journal(self, session: Any) -> Journal:
         """This participant's journal in the transaction of *session*."""

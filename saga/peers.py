@@ -33,7 +33,7 @@ def see_to_introduction(runtime: Runtime, engine: Engine) -> None:
         known = journal.peers().get(runtime.participant)
         if known != runtime.answers:
             due = runtime.free_envelope(IntroductionDue(runtime.participant), None)
-            journal.schedule(f"{runtime.participant}.{HANDLER}", due)
+            journal.schedule(runtime.handler(HANDLER), due)
 
 
 def introduce(runtime: Runtime, delivery: Delivery, session: Session) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -16,10 +17,10 @@ from outbox.envelope import Envelope, decode, encode
 from outbox.events import Registry
 from outbox.service import Delivery
 from outbox.statements import storable
-from saga.context import SAGA_ID
+from saga.context import SAGA_ID, CurrentSaga, working_for
 from saga.declaration import Deadline, Reaction, Start
 from saga.errors import OutsideSaga
-from saga.journal import Journal, SagaRow, StepRow
+from saga.journal import Journal, RunKey, SagaRow, StepRow
 
 log: Final = logging.getLogger("saga")
 
@@ -48,7 +49,7 @@ class Runtime:
         return frozenset(event_type.name for one in reactions for event_type in one.on)
 
     def handler(self, reaction: str) -> str:
-        """Name of the handler that runs a step, a join or a deadline."""
+        """Name of the handler that runs a step, a join or a deadline, or takes a control event."""
         return f"{self.participant}.{reaction}"
 
     def delayed_handler(self, step: str) -> str:
@@ -58,6 +59,14 @@ class Runtime:
     def compensation_handler(self, step: str) -> str:
         """Name of the handler that takes the compensations of a step."""
         return f"{self.participant}.{step}.compensation"
+
+    def working(
+        self, key: RunKey, *, compensating: bool = False
+    ) -> AbstractContextManager[CurrentSaga]:
+        """Make a run the current one inside the block, for the user's function that it calls."""
+        return working_for(
+            CurrentSaga(key.saga_id, self.participant, key.step, key.trigger_id, compensating)
+        )
 
     def envelope(self, event: object, saga_id: UUID, caused_by: Envelope | None) -> Envelope:
         """Make the envelope of an event that belongs to the saga."""
@@ -101,14 +110,15 @@ class Runtime:
             due_at = deadline.due_at(event)
             journal.schedule(self.handler(deadline.name), envelope, due_at, delay=deadline.within)
 
-    def envelope_of(self, body: bytes) -> Envelope:
-        """A journaled envelope."""
-        return decode(body)
-
     def read(self, body: bytes) -> Any:
         """The payload of a journaled envelope, in the class and version that the code knows now."""
+        _, event = self.read_with_envelope(body)
+        return event
+
+    def read_with_envelope(self, body: bytes) -> tuple[Envelope, Any]:
+        """A journaled envelope, and its payload as `read` gives it."""
         envelope = decode(body)
-        return self.registry.read(envelope.type, envelope.version, envelope.data)
+        return envelope, self.registry.read(envelope.type, envelope.version, envelope.data)
 
 
 def saga_id_of(delivery: Delivery) -> UUID:

@@ -15,16 +15,17 @@ leaves the tombstone. A duplicate finds the journal row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
 from outbox.envelope import Envelope
 from outbox.service import Delivery
-from saga.context import CurrentSaga, Emission, working_for
+from saga.context import Emission
 from saga.control import SagaAborted, SagaCompleted, SagaStuck
 from saga.declaration import Reaction, Reject, Step
 from saga.errors import SagaDecided, Unknown
@@ -39,6 +40,8 @@ from saga.runtime import (
     shortened,
 )
 from saga.unwinding import unwind
+
+R_ = TypeVar("R_", bound=Reaction[..., Any])
 
 
 @dataclass(frozen=True)
@@ -92,19 +95,27 @@ def skip(journal: Journal, key: RunKey, trigger: Envelope, saga: SagaRow) -> Non
     journal.record(key, None, StepState.SKIPPED, trigger=trigger.body, reason=reason)
 
 
-def perform(runtime: Runtime, journal: Journal, reaction: Reaction[..., Any], run: Run) -> None:
-    """Call the user's function and write down what came of it. Raises what leaves it unknown."""
-    working = CurrentSaga(run.key.saga_id, runtime.participant, run.key.step, run.key.trigger_id)
+def perform(
+    runtime: Runtime,
+    journal: Journal,
+    reaction: R_,
+    run: Run,
+    then: Callable[[Runtime, Journal, R_, Run, Any, list[Emission]], None] | None = None,
+) -> None:
+    """Call the user's function and write down what came of it. Raises what leaves it unknown.
+
+    *then* takes an answer that is no rejection; by default `finish`.
+    """
     # Only who may reject pays for the savepoint: any other exception takes back the transaction.
     savepoint = journal.savepoint() if reaction.rejects else nullcontext()
     try:
-        with working_for(working), savepoint:
+        with runtime.working(run.key) as working, savepoint:
             answer = reaction.function(*run.arguments, journal.session)
             journal.flush()
     except Reject as rejection:
         reject(runtime, journal, reaction, run, rejection)
     else:
-        finish(runtime, journal, reaction, run, answer, working.published)
+        (then or finish)(runtime, journal, reaction, run, answer, working.published)
 
 
 def finish(

@@ -40,7 +40,6 @@ from sqlalchemy.orm import Session
 
 from outbox.envelope import Envelope
 from outbox.service import Delivery
-from saga.context import CurrentSaga, working_for
 from saga.control import CompensationDue, OwedCompensation, SagaStuck, SagaUndone
 from saga.declaration import Reaction
 from saga.errors import NoCompensation, SagaError
@@ -224,14 +223,10 @@ def _call_undo(
                 'compensation: write one, or say nothing_to_undo="why"; deploy, then redrive'
             )
         return
-    key = run.key
-    working = CurrentSaga(
-        key.saga_id, runtime.participant, key.step, key.trigger_id, compensating=True
-    )
     arguments = [*_triggers(runtime, journal, reaction, run)]
     if run.emitted is not None:
         arguments.append(runtime.read(run.emitted))
-    with working_for(working):
+    with runtime.working(run.key, compensating=True):
         reaction.undo(*arguments, journal.session)
         journal.flush()
 

@@ -29,17 +29,13 @@ class Wiring(Service):
 
     compensation_retry: RetryPolicy
 
-    def journal(self, session: Any) -> Journal:
-        """This participant's journal in the transaction of *session*."""
-        raise NotImplementedError
-
-    def _wire(self, *, unwinds_eagerly: bool) -> None:
+    def _wire(self, open_journal: Callable[[Any], Journal], *, unwinds_eagerly: bool) -> None:
         control.register_control_events(self.registry)
         self._reactions: dict[str, Reaction[..., Any]] = {}
         self._by_any_name: dict[str, Reaction[..., Any]] = {}
         self._own_handlers: set[str] = set()
         self._runtime = Runtime(
-            self.name, self.registry, self._by_any_name, self.journal, unwinds_eagerly
+            self.name, self.registry, self._by_any_name, open_journal, unwinds_eagerly
         )
         self._add_decision(control.ABORTED, decisions.on_aborted)
         self._add_decision(control.COMPLETED, decisions.on_completed)
@@ -85,10 +81,10 @@ class Wiring(Service):
                 f"{reaction.place}: participant {self.name} has a {taken.kind} {had} "
                 f"{name} already, at {taken.place}; give one of them another name"
             )
-        if self.handler(f"{self.name}.{name}") is not None:
+        if self.handler(self._runtime.handler(name)) is not None:
             raise ConfigurationError(
                 f"{reaction.place}: participant {self.name} has a handler named "
-                f"{self.name}.{name} already (@{self.name}.on); rename one of them"
+                f"{self._runtime.handler(name)} already (@{self.name}.on); rename one of them"
             )
 
     def _add_reaction(
@@ -146,7 +142,7 @@ class Wiring(Service):
     ) -> None:
         self._add(
             Handler(
-                name=f"{self.name}.{event_type.name}",
+                name=self._runtime.handler(event_type.name),
                 event_types=frozenset({event_type.name}),
                 run=partial(run, self._runtime),
                 retry=PATIENT,
@@ -161,7 +157,7 @@ class Wiring(Service):
         ):
             self._add(
                 Handler(
-                    name=f"{self.name}.{event_type.name}",
+                    name=self._runtime.handler(event_type.name),
                     event_types=frozenset({event_type.name}),
                     run=partial(run, self._runtime),
                     retry=PATIENT,
