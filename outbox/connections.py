@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from typing import Any, NoReturn
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
@@ -89,14 +89,17 @@ def _of_django(connection: Any) -> Execute:
 
 def _through_sqlalchemy(connection: Connection) -> Execute:
     def execute(sql: str, params: Sequence[Any], returns: bool) -> Rows:
-        names = [f"p{number}" for number in range(len(params))]
-        named = sql.replace("::", "\\:\\:")
-        for name in names:
-            named = named.replace("%s", f":{name}", 1)
-        result = connection.execute(text(named), dict(zip(names, params, strict=True)))
+        named = {f"p{number}": param for number, param in enumerate(params)}
+        result = connection.execute(_named(sql), named)
         return [tuple(row) for row in result] if returns else []
 
     return execute
+
+
+@lru_cache(maxsize=512)
+def _named(sql: str) -> TextClause:
+    first, *rest = sql.replace("::", "\\:\\:").split("%s")
+    return text(first + "".join(f":p{number}{part}" for number, part in enumerate(rest)))
 
 
 def _refuse_autocommit() -> NoReturn:

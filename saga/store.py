@@ -3,9 +3,10 @@
 What holds at READ COMMITTED, and why:
 
 - *One operation at a time per saga and participant.* Each operation begins with `lock` (or `open`),
-  and the row stays locked until its transaction ends. Where there is no row yet, the insert takes
-  its place: a second inserter of the same key waits for the first, then finds the row (and locks
-  it) or, after a rollback, inserts its own. There is no moment at which both have found nothing.
+  and the row stays locked until its transaction ends. `lock` is one statement: it locks the row or,
+  where there is none, adds it. A second one that adds the same key waits for the first; after its
+  rollback it adds its own, after its commit it has neither added a row nor (in the snapshot that it
+  began with) found one, and looks again. There is no moment at which both have found nothing.
 - *Who holds the lock sees all that earlier holders wrote.* Every statement has a snapshot of its
   own, taken after `lock` returned, hence after the earlier holder's commit.
 - *A run is recorded once.* The primary key (saga, participant, step, trigger) says so even if the
@@ -22,19 +23,20 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from functools import cached_property
+from typing import Any, Final
 from uuid import UUID
 
+import psycopg
 from sqlalchemy.exc import DBAPIError
 
 from outbox import pending
 from outbox.attempt import Busy
-from outbox.connections import executor
+from outbox.connections import Execute, Rows, executor
 from outbox.envelope import Envelope
 from outbox.events import EventType
 from outbox.publishing import append
 from outbox.sql import DEFAULT_SCHEMA, in_schema
-from outbox.statements import statement
 from outbox.transient import is_lock_timeout
 from saga.context import Emission
 from saga.errors import IllegalTransition
@@ -49,9 +51,6 @@ from saga.journal import (
     check_step_move,
 )
 
-if TYPE_CHECKING:
-    from sqlalchemy import CursorResult
-
 _OPEN_SAGA: Final = """
 INSERT INTO {schema}.saga (saga_id, participant, definition, decides, state)
 VALUES (%s, %s, %s, %s, 'running') ON CONFLICT DO NOTHING RETURNING true
@@ -60,96 +59,91 @@ _RECORD_START: Final = """
 INSERT INTO {schema}.saga_step (saga_id, participant, step, trigger_id, state, trigger, published)
 VALUES (%s, %s, %s, %s, 'done', %s, %s)
 """
-_INSERT_SAGA: Final = """
-INSERT INTO {schema}.saga (saga_id, participant, decides, state)
-VALUES (:saga_id, :participant, :decides, 'running') ON CONFLICT DO NOTHING RETURNING true
-"""
+# No row: another transaction has added it since this statement began.
 _LOCK_SAGA: Final = """
-SELECT state, stuck, reason FROM {schema}.saga
-WHERE saga_id = :saga_id AND participant = :participant FOR UPDATE
+WITH known AS MATERIALIZED (
+    SELECT state, stuck, reason FROM {schema}.saga
+    WHERE saga_id = %s AND participant = %s FOR UPDATE
+), added AS (
+    INSERT INTO {schema}.saga (saga_id, participant, decides, state)
+    SELECT %s, %s, %s, 'running' WHERE NOT EXISTS (SELECT 1 FROM known)
+    ON CONFLICT DO NOTHING RETURNING state, stuck, reason
+)
+SELECT state, stuck, reason, false AS new FROM known
+UNION ALL SELECT state, stuck, reason, true AS new FROM added
 """
 _MOVE_SAGA: Final = """
-UPDATE {schema}.saga SET state = :after, stuck = :stuck, reason = :reason,
-    changed_at = clock_timestamp()
-WHERE saga_id = :saga_id AND participant = :participant AND state = :before
+UPDATE {schema}.saga SET state = %s, stuck = %s, reason = %s, changed_at = clock_timestamp()
+WHERE saga_id = %s AND participant = %s AND state = %s RETURNING true
 """
-_FIND_RUN: Final = """
-SELECT state FROM {schema}.saga_step WHERE saga_id = :saga_id
-    AND participant = :participant AND step = :step AND trigger_id = :trigger_id
-"""
-_CLAIM_RUN: Final = """
-SELECT state, trigger, emitted FROM {schema}.saga_step WHERE saga_id = :saga_id
-    AND participant = :participant AND step = :step AND trigger_id = :trigger_id FOR UPDATE
-"""
+_RUN: Final = "saga_id = %s AND participant = %s AND step = %s AND trigger_id = %s"
+_FIND_RUN: Final = f"SELECT state FROM {{schema}}.saga_step WHERE {_RUN}"  # noqa: S608
+_CLAIM_RUN: Final = f"""
+SELECT state, trigger, emitted FROM {{schema}}.saga_step WHERE {_RUN} FOR UPDATE
+"""  # noqa: S608
 _INSERT_RUN: Final = """
 INSERT INTO {schema}.saga_step
-    (saga_id, participant, step, trigger_id, state, trigger, emitted, published, reason)
-VALUES (:saga_id, :participant, :step, :trigger_id, :after, :trigger, :emitted, :published, :reason)
+    (saga_id, participant, step, trigger_id, trigger, state, emitted, published, reason)
+VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
-_RESUME_RUN: Final = """
-UPDATE {schema}.saga_step
-SET state = :after, emitted = :emitted, published = :published, reason = :reason,
-    changed_at = clock_timestamp()
-WHERE saga_id = :saga_id AND participant = :participant AND step = :step
-    AND trigger_id = :trigger_id AND state = :before
-"""
-_ADVANCE_RUN: Final = """
-UPDATE {schema}.saga_step SET state = :after, reason = :reason, changed_at = clock_timestamp()
-WHERE saga_id = :saga_id AND participant = :participant AND step = :step
-    AND trigger_id = :trigger_id AND state = :before
-"""
-_VERDICT: Final = """
-SELECT event FROM {schema}.saga_intervention WHERE saga_id = :saga_id
-    AND participant = :participant AND step = :step AND trigger_id = :trigger_id
-    AND verb = 'resolve' ORDER BY id DESC LIMIT 1
-"""
+_RESUME_RUN: Final = f"""
+UPDATE {{schema}}.saga_step
+SET state = %s, emitted = %s, published = %s, reason = %s, changed_at = clock_timestamp()
+WHERE {_RUN} AND state = %s RETURNING true
+"""  # noqa: S608
+_ADVANCE_RUN: Final = f"""
+UPDATE {{schema}}.saga_step SET state = %s, reason = %s, changed_at = clock_timestamp()
+WHERE {_RUN} AND state = %s RETURNING true
+"""  # noqa: S608
+_VERDICT: Final = f"""
+SELECT event FROM {{schema}}.saga_intervention
+WHERE {_RUN} AND verb = 'resolve' ORDER BY id DESC LIMIT 1
+"""  # noqa: S608
 _RUNS: Final = """
 SELECT step, trigger_id, state, reason, published FROM {schema}.saga_step
-WHERE saga_id = :saga_id AND participant = :participant ORDER BY ordinal
+WHERE saga_id = %s AND participant = %s ORDER BY ordinal
 """
 _ARRIVE: Final = """
 INSERT INTO {schema}.saga_join_arrival (saga_id, participant, "join", type, event_id, body)
-VALUES (:saga_id, :participant, :join_name, :type, :event_id, :body) ON CONFLICT DO NOTHING
+VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
 _ARRIVALS: Final = """
 SELECT type, body FROM {schema}.saga_join_arrival
-WHERE saga_id = :saga_id AND participant = :participant AND "join" = :join_name
+WHERE saga_id = %s AND participant = %s AND "join" = %s
 """
 _ARRIVED: Final = """
-SELECT "join", event_id FROM {schema}.saga_join_arrival
-WHERE saga_id = :saga_id AND participant = :participant
+SELECT "join", event_id FROM {schema}.saga_join_arrival WHERE saga_id = %s AND participant = %s
 """
 _ADOPT: Final = """
-INSERT INTO {schema}.saga_child (child_id, participant, saga_id, step, trigger_id)
-VALUES (:child_id, :participant, :saga_id, :step, :trigger_id)
+INSERT INTO {schema}.saga_child (child_id, saga_id, participant, step, trigger_id)
+VALUES (%s, %s, %s, %s, %s)
 """
 _PARENT: Final = """
 SELECT saga_id, step, trigger_id FROM {schema}.saga_child
-WHERE child_id = :child_id AND participant = :participant
+WHERE child_id = %s AND participant = %s
 """
 _KNOW_PEER: Final = """
 INSERT INTO {schema}.saga_peer (participant, peer, takes, since)
-VALUES (:participant, :peer, :takes, :since) ON CONFLICT DO NOTHING RETURNING true
+VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING RETURNING true
 """
 _CORRECT_PEER: Final = """
-UPDATE {schema}.saga_peer SET takes = :takes, since = :since
-WHERE participant = :participant AND peer = :peer AND since < :since
+UPDATE {schema}.saga_peer SET takes = %s, since = %s
+WHERE participant = %s AND peer = %s AND since < %s
 """
 _FORGET_PEER: Final = """
-DELETE FROM {schema}.saga_peer WHERE participant = :participant AND peer = :peer
+DELETE FROM {schema}.saga_peer WHERE participant = %s AND peer = %s RETURNING true
 """
-_PEERS: Final = "SELECT peer, takes FROM {schema}.saga_peer WHERE participant = :participant"
+_PEERS: Final = "SELECT peer, takes FROM {schema}.saga_peer WHERE participant = %s"
 _HEAR: Final = """
 INSERT INTO {schema}.saga_peer_undone (saga_id, participant, peer, pending)
-VALUES (:saga_id, :participant, :peer, :pending) ON CONFLICT DO NOTHING RETURNING true
+VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING RETURNING true
 """
 _HEAR_AGAIN: Final = """
-UPDATE {schema}.saga_peer_undone SET pending = :pending
-WHERE saga_id = :saga_id AND participant = :participant AND peer = :peer
+UPDATE {schema}.saga_peer_undone SET pending = %s
+WHERE saga_id = %s AND participant = %s AND peer = %s
 """
 _HEARD: Final = """
-SELECT peer, pending FROM {schema}.saga_peer_undone
-WHERE saga_id = :saga_id AND participant = :participant
+SELECT peer, pending FROM {schema}.saga_peer_undone WHERE saga_id = %s AND participant = %s
 """
 
 _AT_ONCE: Final = timedelta(0)
@@ -176,44 +170,32 @@ class SqlJournal:
         self._decides = decides
 
     def open(self, start: RunKey, definition: str, trigger: bytes) -> bool:
-        execute = executor(self.session)  # refuses autocommit before anything is written
         saga = (start.saga_id, self._participant)
-        if not execute(
-            in_schema(_OPEN_SAGA, self._schema), (*saga, definition, self._decides), True
-        ):
+        if not self._rows(_OPEN_SAGA, *saga, definition, self._decides):
             return False
         published = _written([Emission(start.trigger_id, definition)])
-        run = (*saga, start.step, start.trigger_id, trigger, published)
-        execute(in_schema(_RECORD_START, self._schema), run, False)
+        self._do(_RECORD_START, *saga, start.step, start.trigger_id, trigger, published)
         return True
 
     def lock(self, saga_id: UUID) -> SagaRow:
+        saga = (saga_id, self._participant)
         with _busy_while_locked(f"saga {saga_id}"):
-            while True:
-                if self._execute(_INSERT_SAGA, saga_id=saga_id, decides=self._decides).scalar():
-                    return SagaRow(saga_id, SagaState.RUNNING, new=True)
-                row = self._execute(_LOCK_SAGA, saga_id=saga_id).one_or_none()
-                if row is not None:
-                    return SagaRow(saga_id, SagaState(row.state), row.stuck, row.reason)
-                # The row that stood in the way has been purged meanwhile.
+            while not (rows := self._rows(_LOCK_SAGA, *saga, *saga, self._decides)):
+                pass
+        ((state, stuck, reason, new),) = rows
+        return SagaRow(saga_id, SagaState(state), stuck, reason, new)
 
     def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
         if state is not saga.state:
             check_saga_move(saga.saga_id, saga.state, state)
-        result = self._execute(
-            _MOVE_SAGA,
-            saga_id=saga.saga_id,
-            before=saga.state,
-            after=state,
-            stuck=stuck,
-            reason=reason,
-        )
-        self._require_one(result, f"saga {saga.saga_id} does not stand at {saga.state}")
+        key = (saga.saga_id, self._participant)
+        if not self._rows(_MOVE_SAGA, state.value, stuck, reason, *key, saga.state.value):
+            raise IllegalTransition(f"saga {saga.saga_id} does not stand at {saga.state}")
         return SagaRow(saga.saga_id, state, stuck, reason)
 
     def find(self, key: RunKey) -> StepState | None:
-        state = self._execute(_FIND_RUN, **_columns(key)).scalar()
-        return None if state is None else StepState(state)
+        rows = self._rows(_FIND_RUN, *self._key(key))
+        return StepState(rows[0][0]) if rows else None
 
     def known_as(self, key: RunKey) -> RunKey:
         return key
@@ -230,105 +212,88 @@ class SqlJournal:
         reason: str | None = None,
     ) -> None:
         check_step_move(key, before, after)
-        values = {
-            **_columns(key),
-            "after": after,
-            "emitted": emitted,
-            "published": _written(published),
-            "reason": reason,
-        }
+        outcome = (after.value, emitted, _written(published), reason)
         if before is None:
-            self._execute(_INSERT_RUN, trigger=trigger, **values)
-            return
-        result = self._execute(_RESUME_RUN, before=before, **values)
-        self._require_one(result, f"{key} does not stand at {before}")
+            self._do(_INSERT_RUN, *self._key(key), trigger, *outcome)
+        elif not self._rows(_RESUME_RUN, *outcome, *self._key(key), before.value):
+            raise IllegalTransition(f"{key} does not stand at {before}")
 
     def advance(
         self, key: RunKey, before: StepState, after: StepState, *, reason: str | None = None
     ) -> None:
         check_step_move(key, before, after)
-        result = self._execute(
-            _ADVANCE_RUN, **_columns(key), before=before, after=after, reason=reason
-        )
-        self._require_one(result, f"{key} does not stand at {before}")
+        if not self._rows(_ADVANCE_RUN, after.value, reason, *self._key(key), before.value):
+            raise IllegalTransition(f"{key} does not stand at {before}")
 
     def verdict(self, key: RunKey) -> str | None:
-        event: str | None = self._execute(_VERDICT, **_columns(key)).scalar()
-        return event
+        rows = self._rows(_VERDICT, *self._key(key))
+        return rows[0][0] if rows else None
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
-        rows = self._execute(_RUNS, saga_id=saga_id).all()
-        has_joins = any(row.trigger_id == saga_id for row in rows)
+        rows = self._rows(_RUNS, saga_id, self._participant)
+        has_joins = any(trigger_id == saga_id for _, trigger_id, *_ in rows)
         arrived = self._arrived(saga_id) if has_joins else {}
         runs = []
-        for row in rows:
-            published = _read(row.published)
-            is_start = any(one.event_id == row.trigger_id for one in published)
-            causes = frozenset() if is_start else arrived.get(row.step, {row.trigger_id})
-            key = RunKey(saga_id, row.step, row.trigger_id)
-            state = StepState(row.state)
-            runs.append(StepRow(key, state, row.reason, published, frozenset(causes)))
+        for step, trigger_id, state, reason, written in rows:
+            published = _read(written)
+            is_start = any(one.event_id == trigger_id for one in published)
+            causes = frozenset() if is_start else arrived.get(step, {trigger_id})
+            key = RunKey(saga_id, step, trigger_id)
+            runs.append(StepRow(key, StepState(state), reason, published, frozenset(causes)))
         return runs
 
     def _arrived(self, saga_id: UUID) -> dict[str, set[UUID]]:
         """The ids of the events that have come for each join."""
         arrived: dict[str, set[UUID]] = {}
-        for row in self._execute(_ARRIVED, saga_id=saga_id):
-            arrived.setdefault(row.join, set()).add(row.event_id)
+        for join, event_id in self._rows(_ARRIVED, saga_id, self._participant):
+            arrived.setdefault(join, set()).add(event_id)
         return arrived
 
     def claim(self, key: RunKey) -> ClaimedRun | None:
         with _busy_while_locked(str(key)):
-            row = self._execute(_CLAIM_RUN, **_columns(key)).one_or_none()
-        if row is None:
-            return None
-        return ClaimedRun(key, StepState(row.state), row.trigger, row.emitted)
+            rows = self._rows(_CLAIM_RUN, *self._key(key))
+        for state, trigger, emitted in rows:
+            return ClaimedRun(key, StepState(state), trigger, emitted)
+        return None
 
     def arrive(self, saga_id: UUID, join: str, envelope: Envelope) -> None:
-        self._execute(
-            _ARRIVE,
-            saga_id=saga_id,
-            join_name=join,
-            type=envelope.type,
-            event_id=envelope.id,
-            body=envelope.body,
-        )
+        event = (envelope.type, envelope.id, envelope.body)
+        self._do(_ARRIVE, saga_id, self._participant, join, *event)
 
     def arrivals(self, saga_id: UUID, join: str) -> dict[str, bytes]:
-        rows = self._execute(_ARRIVALS, saga_id=saga_id, join_name=join)
-        return {row.type: row.body for row in rows}
+        return dict(self._rows(_ARRIVALS, saga_id, self._participant, join))
 
     def adopt(self, child_id: UUID, parent: RunKey) -> None:
-        self._execute(_ADOPT, child_id=child_id, **_columns(parent))
+        self._do(_ADOPT, child_id, *self._key(parent))
 
     def parent(self, child_id: UUID) -> RunKey | None:
-        row = self._execute(_PARENT, child_id=child_id).one_or_none()
-        return None if row is None else RunKey(row.saga_id, row.step, row.trigger_id)
+        rows = self._rows(_PARENT, child_id, self._participant)
+        return RunKey(*rows[0]) if rows else None
 
     def know(self, peer: str, takes: Collection[str], since: UUID) -> bool:
-        values = {"peer": peer, "takes": sorted(takes), "since": since}
-        if self._execute(_KNOW_PEER, **values).scalar():
+        of = (self._participant, peer)
+        if self._rows(_KNOW_PEER, *of, sorted(takes), since):
             return True
-        self._execute(_CORRECT_PEER, **values)
+        self._do(_CORRECT_PEER, sorted(takes), since, *of, since)
         return False
 
     def forget(self, peer: str) -> bool:
-        return bool(self._execute(_FORGET_PEER, peer=peer).rowcount)
+        return bool(self._rows(_FORGET_PEER, self._participant, peer))
 
     def peers(self) -> Mapping[str, frozenset[str]]:
-        return {row.peer: frozenset(row.takes) for row in self._execute(_PEERS)}
+        return {peer: frozenset(takes) for peer, takes in self._rows(_PEERS, self._participant)}
 
     def hear(self, saga_id: UUID, peer: str, pending: Collection[UUID]) -> None:
-        values = {"saga_id": saga_id, "peer": peer}
-        if self._execute(_HEAR, **values, pending=sorted(pending)).scalar():
+        of = (saga_id, self._participant, peer)
+        if self._rows(_HEAR, *of, sorted(pending)):
             return
         # What a peer owes only ever shrinks, so whatever order its words come in, all of them hold.
         both = self.heard(saga_id)[peer].intersection(pending)
-        self._execute(_HEAR_AGAIN, **values, pending=sorted(both))
+        self._do(_HEAR_AGAIN, sorted(both), *of)
 
     def heard(self, saga_id: UUID) -> Mapping[str, frozenset[UUID]]:
-        rows = self._execute(_HEARD, saga_id=saga_id)
-        return {row.peer: frozenset(row.pending) for row in rows}
+        rows = self._rows(_HEARD, saga_id, self._participant)
+        return {peer: frozenset(pending) for peer, pending in rows}
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         append(self.session, envelope, event_type, schema=self._schema)
@@ -353,19 +318,18 @@ class SqlJournal:
     def flush(self) -> None:
         self.session.flush()
 
-    def _execute(self, template: str, **values: object) -> CursorResult[Any]:
-        result: CursorResult[Any] = self.session.execute(
-            statement(template, self._schema), {"participant": self._participant, **values}
-        )
-        return result
+    @cached_property
+    def _execute(self) -> Execute:
+        return executor(self.session)
 
-    def _require_one(self, result: CursorResult[Any], otherwise: str) -> None:
-        if result.rowcount != 1:
-            raise IllegalTransition(otherwise)
+    def _rows(self, template: str, *values: object) -> Rows:
+        return self._execute(in_schema(template, self._schema), values, True)
 
+    def _do(self, template: str, *values: object) -> None:
+        self._execute(in_schema(template, self._schema), values, False)
 
-def _columns(key: RunKey) -> dict[str, object]:
-    return {"saga_id": key.saga_id, "step": key.step, "trigger_id": key.trigger_id}
+    def _key(self, run: RunKey) -> tuple[UUID, str, str, UUID]:
+        return run.saga_id, self._participant, run.step, run.trigger_id
 
 
 def _written(published: Sequence[Emission]) -> str | None:
@@ -384,7 +348,7 @@ def _read(published: str | None) -> tuple[Emission, ...]:
 def _busy_while_locked(what: str) -> Iterator[None]:
     try:
         yield
-    except DBAPIError as error:
+    except (DBAPIError, psycopg.Error) as error:
         if is_lock_timeout(error):
             # Without the cause, which would make it look like something to try again at once.
             raise Busy(f"{what} is being worked on by another transaction") from None

@@ -17,6 +17,12 @@ SETUP = (
 
 TAKE_ONE = "UPDATE item SET stock = stock - 1 WHERE sku = 'apple' AND stock >= 1 RETURNING stock"
 SEEN = "INSERT INTO inbox VALUES (1, 'h') ON CONFLICT DO NOTHING RETURNING event_id"
+LOCK_OR_ADD = (
+    "WITH known AS MATERIALIZED (SELECT op FROM barrier WHERE saga = 1 AND step = 's' FOR UPDATE), "
+    "added AS (INSERT INTO barrier (saga, step, op) SELECT 1, 's', 'run' WHERE NOT EXISTS (SELECT 1 FROM known) "
+    "ON CONFLICT DO NOTHING RETURNING op) "
+    "SELECT op, false AS new FROM known UNION ALL SELECT op, true AS new FROM added"
+)
 
 SCRIPTS: dict[str, list[str]] = {
     "second_inserter_of_a_key_waits_and_finds_a_duplicate": [f"1 {SEEN}", f"2 {SEEN}", "1 COMMIT", "2 COMMIT"],
@@ -63,6 +69,12 @@ SCRIPTS: dict[str, list[str]] = {
         "1 INSERT INTO barrier VALUES (1, 'step', 'action') ON CONFLICT DO NOTHING RETURNING op", "2 INSERT INTO barrier VALUES (1, 'step', 'undo') ON CONFLICT DO NOTHING RETURNING op", "1 COMMIT", "2 SELECT op FROM barrier"],
     "late_action_finds_the_tombstone": [
         "2 INSERT INTO barrier VALUES (1, 'step', 'undo') ON CONFLICT DO NOTHING RETURNING op", "2 COMMIT", "1 INSERT INTO barrier VALUES (1, 'step', 'action') ON CONFLICT DO NOTHING RETURNING op"],
+    "second_to_lock_or_add_waits_and_finds_neither_until_it_looks_again": [f"1 {LOCK_OR_ADD}", f"2 {LOCK_OR_ADD}", "1 COMMIT", f"2 {LOCK_OR_ADD}"],
+    "second_to_lock_or_add_adds_after_a_rollback": [f"1 {LOCK_OR_ADD}", f"2 {LOCK_OR_ADD}", "1 ROLLBACK", "2 COMMIT", f"1 {LOCK_OR_ADD}"],
+    "lock_or_add_shows_the_new_version_after_the_wait": [
+        f"1 {LOCK_OR_ADD}", "1 COMMIT", f"1 {LOCK_OR_ADD}", f"2 {LOCK_OR_ADD}", "1 UPDATE barrier SET op = 'undo'", "1 COMMIT", "2 COMMIT"],
+    "lock_or_add_adds_what_was_deleted_during_the_wait": [
+        f"1 {LOCK_OR_ADD}", "1 COMMIT", "1 DELETE FROM barrier", f"2 {LOCK_OR_ADD}", "1 COMMIT", "2 COMMIT", "1 SELECT op FROM barrier"],
     "deleted_key_can_be_taken_after_the_commit": ["1 DELETE FROM item WHERE sku = 'pear'", "2 INSERT INTO item VALUES ('pear', 9)", "1 COMMIT", "2 COMMIT", "1 SELECT stock FROM item WHERE sku = 'pear'"],
     "deleted_key_stays_taken_after_a_rollback": ["1 DELETE FROM item WHERE sku = 'pear'", "2 INSERT INTO item VALUES ('pear', 9)", "1 ROLLBACK"],
     "lock_alone_does_not_delay_a_conflicting_insert": ["1 SELECT 1 FROM item WHERE sku = 'pear' FOR UPDATE", "2 INSERT INTO item VALUES ('pear', 9) ON CONFLICT DO NOTHING", "1 COMMIT"],
