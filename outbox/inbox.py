@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from outbox.sql import DEFAULT_SCHEMA
-from outbox.statements import statement
+from outbox.statements import fetch
 
 _INSERT = """
 INSERT INTO {schema}.inbox (event_id, handler, digest) VALUES (:event_id, :handler, :digest)
@@ -40,7 +40,7 @@ def first_delivery(
 ) -> Arrival:
     """Enter the delivery; waits (up to `lock_timeout`) while another transaction is entering it."""
     key = {"event_id": event_id, "handler": handler}
-    while not session.execute(statement(_INSERT, schema), {**key, "digest": digest}).scalar():
+    while not fetch(session, _INSERT, {**key, "digest": digest}, schema):
         # None only if the row was forgotten between the two statements: then enter it after all.
         earlier = _compare(session, key, digest, schema)
         if earlier is not None:
@@ -59,13 +59,12 @@ def take_back(
     session: Session, event_id: UUID, handler: str, *, schema: str = DEFAULT_SCHEMA
 ) -> None:
     """Remove what `first_delivery` entered in this transaction; the key is held until its end."""
-    session.execute(statement(_DELETE, schema), {"event_id": event_id, "handler": handler})
+    fetch(session, _DELETE, {"event_id": event_id, "handler": handler}, schema)
 
 
 def _compare(
     session: Session, key: dict[str, object], digest: bytes, schema: str
 ) -> Arrival | None:
-    stored = session.execute(statement(_DIGEST, schema), key).scalar()
-    if stored is None:
-        return None
-    return Arrival.DUPLICATE if bytes(stored) == digest else Arrival.CONFLICT
+    for row in fetch(session, _DIGEST, key, schema):
+        return Arrival.DUPLICATE if bytes(row.digest) == digest else Arrival.CONFLICT
+    return None

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from outbox.connections import executor
 from outbox.envelope import Envelope
 from outbox.sql import DEFAULT_SCHEMA, in_schema
-from outbox.statements import statement, storable
+from outbox.statements import fetch, storable
 
 Reason = Literal["retry", "crash", "redrive", "timer", "early"]
 
@@ -160,7 +160,7 @@ def withdraw(
 ) -> bool:
     """The delivery is owed no longer: settled, or cancelled. A copy under way is dropped unrun."""
     key = {"handler": handler, "event_id": event_id}
-    return session.execute(statement(_DELETE, schema), key).scalar() is not None
+    return bool(fetch(session, _DELETE, key, schema))
 
 
 def owe(
@@ -175,7 +175,7 @@ def owe(
 ) -> None:
     """Note that the delivery is owed after *delay*, *attempts* having been made, or change that."""
     values = _values(owed, reason, delay=delay, attempts=attempts, error=error)
-    session.execute(statement(_UPSERT, schema), values)
+    fetch(session, _UPSERT, values, schema)
 
 
 def owe_first_attempt(
@@ -183,7 +183,7 @@ def owe_first_attempt(
 ) -> bool:
     """Note that a first attempt begins, due again after *lease*; False where it is owed already."""
     values = _values(owed, "crash", delay=lease, attempts=1)
-    return session.execute(statement(_INSERT_IF_ABSENT, schema), values).scalar() is not None
+    return bool(fetch(session, _INSERT_IF_ABSENT, values, schema))
 
 
 def begin_attempt(
@@ -199,8 +199,9 @@ def begin_attempt(
     If nothing more is heard of it, it is sent again after *lease*.
     """
     values = {"handler": handler, "event_id": event_id, "lease": lease}
-    row = session.execute(statement(_BEGIN_ATTEMPT, schema), values).one_or_none()
-    return None if row is None else Noted(row.attempts, row.error)
+    for row in fetch(session, _BEGIN_ATTEMPT, values, schema):
+        return Noted(row.attempts, row.error)
+    return None
 
 
 def claim_due(
@@ -213,24 +214,21 @@ def claim_due(
     schema: str = DEFAULT_SCHEMA,
 ) -> Sequence[PendingDelivery]:
     """Take what is due, longest first, putting it off for the next *resend_after* at least."""
-    rows = session.execute(
-        statement(_CLAIM_DUE, schema),
-        {
-            "service": service,
-            "limit": limit,
-            "resend_after": resend_after,
-            "resend_cap": resend_cap,
-        },
-    )
+    values = {
+        "service": service,
+        "limit": limit,
+        "resend_after": resend_after,
+        "resend_cap": resend_cap,
+    }
+    rows = fetch(session, _CLAIM_DUE, values, schema)
     return [_pending(row) for row in sorted(rows, key=lambda row: row.due_at)]
 
 
 def until_due(session: Session, service: str, *, schema: str = DEFAULT_SCHEMA) -> timedelta | None:
     """How long until the next one is due (negative: overdue); None where nothing is owed."""
-    wait: timedelta | None = session.execute(
-        statement(_UNTIL_DUE, schema), {"service": service}
-    ).scalar()
-    return wait
+    for (wait,) in fetch(session, _UNTIL_DUE, {"service": service}, schema):
+        return wait  # type: ignore[no-any-return]
+    return None
 
 
 def list_pending(
@@ -241,7 +239,7 @@ def list_pending(
     schema: str = DEFAULT_SCHEMA,
 ) -> Sequence[PendingDelivery]:
     """What is owed, the next due first."""
-    rows = session.execute(statement(_LIST, schema), {"service": service, "limit": limit})
+    rows = fetch(session, _LIST, {"service": service, "limit": limit}, schema)
     return [_pending(row) for row in rows]
 
 
@@ -269,5 +267,5 @@ def _values(
 
 
 def _pending(row: Any) -> PendingDelivery:
-    columns = {name: value for name, value in row._mapping.items() if name != "due_at"}
+    columns = {name: value for name, value in row._asdict().items() if name != "due_at"}
     return PendingDelivery(**{**columns, "body": bytes(row.body)})
