@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
@@ -31,7 +31,7 @@ from outbox.envelope import decode
 from outbox.errors import MalformedMessage
 from outbox.pending import DUE_AT_ONCE
 from outbox.sql import DEFAULT_SCHEMA
-from outbox.statements import statement
+from outbox.statements import fetch
 
 SETTLE: Final = timedelta(seconds=3)
 """How long the first event seen of a key that is not its first one waits for those before it."""
@@ -41,7 +41,7 @@ PUT_BY: Final = timedelta(minutes=10)
 _FIRST_SEEN: Final = """
 INSERT INTO {schema}.inbox_order (handler, source, type, key, next_seq)
 VALUES (:handler, :source, :type, :key, CASE WHEN :seq = 1 THEN 1 END)
-ON CONFLICT DO NOTHING RETURNING true
+ON CONFLICT DO NOTHING
 """
 _LOCK: Final = """
 SELECT next_seq, passed, seen_at + :settle <= clock_timestamp() AS settled
@@ -52,7 +52,21 @@ _EARLY: Final = """
 SELECT key_seq, body FROM {schema}.pending_delivery
 WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
 """
+# The usual way on, where nothing was passed over: no row for what has something to look at.
 _MOVE_ON: Final = """
+WITH moved AS (
+    UPDATE {schema}.inbox_order SET next_seq = :next
+    WHERE handler = :handler AND source = :source AND type = :type AND key = :key AND passed = '{}'
+    RETURNING true
+), released AS (
+    UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
+    WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
+        AND key_seq = :next AND EXISTS (SELECT 1 FROM moved)
+    RETURNING true
+)
+SELECT EXISTS (SELECT 1 FROM released) AS released FROM moved
+"""
+_SET: Final = """
 UPDATE {schema}.inbox_order SET next_seq = :next, passed = :passed
 WHERE handler = :handler AND source = :source AND type = :type AND key = :key
 """
@@ -66,6 +80,7 @@ ORDER BY handler FOR UPDATE
 _RELEASE: Final = """
 UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
 WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early' AND key_seq = :next
+RETURNING true
 """
 
 
@@ -92,9 +107,7 @@ class Place:
 
 def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tuple[Turn, timedelta]:
     """Whether it is its turn, and else how long to wait. Holds the key until the transaction ends."""
-    values = vars(place)
-    session.execute(statement(_FIRST_SEEN, schema), values)
-    row = session.execute(statement(_LOCK, schema), {**values, "settle": SETTLE}).one()
+    row = _locked(session, place, schema)
     following = row.next_seq
     if following is None:
         if place.seq != 1 and not row.settled:
@@ -108,8 +121,12 @@ def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tup
 
 def move_on(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> None:
     """It is handled: the next one's turn has come."""
-    row = session.execute(statement(_LOCK, schema), {**vars(place), "settle": SETTLE}).one()
-    _set(session, place, place.seq + 1, row.passed, schema)
+    # Nobody has changed the row since `turn` locked it.
+    for row in fetch(session, _MOVE_ON, {**vars(place), "next": place.seq + 1}, schema):
+        if row.released:
+            session.info[DUE_AT_ONCE] = True
+        return
+    _set(session, place, place.seq + 1, _locked(session, place, schema).passed, schema)
 
 
 def pass_over(
@@ -129,15 +146,23 @@ def pass_over(
     except MalformedMessage:
         return
     of = {"source": envelope.source, "type": envelope.type, "key": envelope.key or "", "seq": seq}
-    rows = session.execute(statement(_WAITING_FOR, schema), {**of, "handler": handler}).all()
-    for row in rows:
+    for row in fetch(session, _WAITING_FOR, {**of, "handler": handler}, schema):
         place = Place(row.handler, envelope.source, envelope.type, envelope.key or "", seq)
         _set(session, place, row.next_seq, [*row.passed, seq], schema)
 
 
+def _locked(session: Session, place: Place, schema: str) -> Any:
+    """The row of the key, written where there is none; locked until the transaction ends."""
+    values = {**vars(place), "settle": SETTLE}
+    while not (rows := fetch(session, _LOCK, values, schema)):
+        # Waits for whoever is writing the same, and then finds it.
+        fetch(session, _FIRST_SEEN, values, schema)
+    return rows[0]
+
+
 def _lowest_there(session: Session, place: Place, schema: str) -> int:
     """The number at which a handler that has never had this key begins."""
-    early = session.execute(statement(_EARLY, schema), vars(place))
+    early = fetch(session, _EARLY, vars(place), schema)
     there = [row.key_seq for row in early if decode(bytes(row.body)).source == place.source]
     return int(min([place.seq, *there]))
 
@@ -150,8 +175,7 @@ def _set(
         following += 1
     left = [seq for seq in passed if following is None or seq > following]
     values = {**vars(place), "next": following, "passed": left}
-    session.execute(statement(_MOVE_ON, schema), values)
-    released = session.execute(statement(_RELEASE, schema), values)
-    if getattr(released, "rowcount", 0):
+    fetch(session, _SET, values, schema)
+    if fetch(session, _RELEASE, values, schema):
         session.info[DUE_AT_ONCE] = True
     return following
