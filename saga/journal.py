@@ -189,6 +189,16 @@ class ClaimedRun:
     emitted: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class PeersOfSaga:
+    """The other participants, for one saga."""
+
+    heard: Mapping[str, frozenset[UUID]]
+    """What each that has sealed the saga may not have undone yet."""
+    silent: Mapping[str, frozenset[str]]
+    """The event types that each of the others known answers."""
+
+
 class Journal(Protocol):
     """The port: one participant's journal, outbox and pending work, in one open transaction.
 
@@ -270,8 +280,8 @@ class Journal(Protocol):
     def hear(self, saga_id: UUID, peer: str, pending: Collection[UUID]) -> None:
         """Note what a peer has said of a locked saga: what it answered and has not undone yet."""
 
-    def heard(self, saga_id: UUID) -> Mapping[str, frozenset[UUID]]:
-        """What each peer that has sealed the saga may not have undone yet."""
+    def peers_of(self, saga_id: UUID) -> PeersOfSaga:
+        """The other participants, as far as a saga is known to have come there."""
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         """Publish an event with this transaction."""

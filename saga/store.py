@@ -42,6 +42,7 @@ from saga.context import Emission
 from saga.errors import IllegalTransition
 from saga.journal import (
     ClaimedRun,
+    PeersOfSaga,
     RunKey,
     SagaRow,
     SagaState,
@@ -142,8 +143,10 @@ _HEAR_AGAIN: Final = """
 UPDATE {schema}.saga_peer_undone SET pending = %s
 WHERE saga_id = %s AND participant = %s AND peer = %s
 """
-_HEARD: Final = """
-SELECT peer, pending FROM {schema}.saga_peer_undone WHERE saga_id = %s AND participant = %s
+_PEERS_OF_SAGA: Final = """
+SELECT peer, NULL AS takes, pending FROM {schema}.saga_peer_undone
+WHERE saga_id = %s AND participant = %s
+UNION ALL SELECT peer, takes, NULL AS pending FROM {schema}.saga_peer WHERE participant = %s
 """
 
 _AT_ONCE: Final = timedelta(0)
@@ -288,12 +291,18 @@ class SqlJournal:
         if self._rows(_HEAR, *of, sorted(pending)):
             return
         # What a peer owes only ever shrinks, so whatever order its words come in, all of them hold.
-        both = self.heard(saga_id)[peer].intersection(pending)
+        both = self.peers_of(saga_id).heard[peer].intersection(pending)
         self._do(_HEAR_AGAIN, sorted(both), *of)
 
-    def heard(self, saga_id: UUID) -> Mapping[str, frozenset[UUID]]:
-        rows = self._rows(_HEARD, saga_id, self._participant)
-        return {peer: frozenset(pending) for peer, pending in rows}
+    def peers_of(self, saga_id: UUID) -> PeersOfSaga:
+        rows = self._rows(_PEERS_OF_SAGA, saga_id, self._participant, self._participant)
+        heard = {peer: frozenset(pending) for peer, takes, pending in rows if takes is None}
+        silent = {
+            peer: frozenset(takes)
+            for peer, takes, _ in rows
+            if takes is not None and peer not in heard and peer != self._participant
+        }
+        return PeersOfSaga(heard, silent)
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         append(self.session, envelope, event_type, schema=self._schema)

@@ -154,19 +154,14 @@ class _Answered:
 
     def __init__(self, journal: Journal, saga_id: UUID, participant: str) -> None:
         self._participant = participant
-        self._heard = journal.heard(saga_id)
-        self._unheard = {
-            peer: takes
-            for peer, takes in journal.peers().items()
-            if peer != participant and peer not in self._heard
-        }
+        self._peers = journal.peers_of(saga_id)
 
     def by(self, run: StepRow, here: list[StepRow]) -> set[str]:
         """Who they are, among them this participant for what was done *here*."""
         ids = {event.event_id for event in run.published}
         types = {event.type for event in run.published}
-        peers = {peer for peer, pending in self._heard.items() if pending & ids}
-        peers |= {peer for peer, takes in self._unheard.items() if takes & types}
+        peers = {peer for peer, pending in self._peers.heard.items() if pending & ids}
+        peers |= {peer for peer, takes in self._peers.silent.items() if takes & types}
         if any(other.causes & ids for other in here if other is not run):
             peers.add(self._participant)
         return peers
