@@ -100,12 +100,10 @@ def _undo(
         return
     # An ended saga stays ended, also while a late result is undone (`saga.external`).
     is_open = bool(left) and saga.state is not SagaState.COMPENSATED
-    journal.move(
-        saga,
-        SagaState.COMPENSATING if is_open else SagaState.COMPENSATED,
-        stuck=any(run.state.waits_for_a_person for run in runs),
-        reason=saga.reason,
-    )
+    state = SagaState.COMPENSATING if is_open else SagaState.COMPENSATED
+    stuck = any(run.state.waits_for_a_person for run in runs)
+    if (state, stuck) != (saga.state, saga.stuck):
+        journal.move(saga, state, stuck=stuck, reason=saga.reason)
     pending = tuple(
         OwedCompensation(run.key.step, run.key.trigger_id, tuple(sorted(run.causes)))
         for run in left
