@@ -8,6 +8,10 @@ Why exactly one of deadline and decision wins: both lock the saga's row on this 
 deadline that finds the saga decided or aborted does nothing; one that finds it running aborts it in
 the commit that holds the lock, and the decision then finds it aborted. That is the reason why a
 deadline belongs to the participant that holds the pivot or the completing join (`saga check`).
+
+The row is there, as the transaction that owed the deadline wrote it. Where it is not, somebody has
+deleted the saga, decided or not: what is not known to be running is not aborted, because it may be
+completed, and *completed* is never taken back.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from sqlalchemy.orm import Session
 from outbox.service import Delivery
 from saga.declaration import Deadline, Reject
 from saga.journal import RunKey, SagaState, StepState
-from saga.runtime import Runtime, saga_id_of
+from saga.runtime import Runtime, log, saga_id_of
 from saga.step import Run, reject
 
 
@@ -29,8 +33,13 @@ def run_deadline(
     """The time has come: abort the saga unless it is decided."""
     journal = runtime.open_journal(session)
     key = RunKey(saga_id_of(delivery), deadline.name, delivery.envelope.id)
-    saga = journal.lock(key.saga_id)
-    before = None if saga.new else journal.find(key)
+    saga = journal.lock_known(key.saga_id)
+    if saga is None:
+        log.warning(
+            "deadline %s of saga %s has passed, which is not known any more", key.step, key.saga_id
+        )
+        return
+    before = journal.find(key)
     if saga.state is not SagaState.RUNNING or before not in (None, StepState.STUCK):
         return
     with runtime.working(key):

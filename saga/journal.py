@@ -217,6 +217,9 @@ class Journal(Protocol):
     def lock(self, saga_id: UUID) -> SagaRow:
         """Lock the saga's row, writing it as running where there is none."""
 
+    def lock_known(self, saga_id: UUID) -> SagaRow | None:
+        """Lock the saga's row; None where there is none."""
+
     def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
         """Write a locked saga's state, or only its flag and reason where the state stays."""
 

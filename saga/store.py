@@ -73,6 +73,9 @@ WITH known AS MATERIALIZED (
 SELECT state, stuck, reason, false AS new FROM known
 UNION ALL SELECT state, stuck, reason, true AS new FROM added
 """
+_LOCK_KNOWN: Final = """
+SELECT state, stuck, reason FROM {schema}.saga WHERE saga_id = %s AND participant = %s FOR UPDATE
+"""
 _MOVE_SAGA: Final = """
 UPDATE {schema}.saga SET state = %s, stuck = %s, reason = %s, changed_at = clock_timestamp()
 WHERE saga_id = %s AND participant = %s AND state = %s RETURNING true
@@ -187,6 +190,13 @@ class SqlJournal:
                 pass
         ((state, stuck, reason, new),) = rows
         return SagaRow(saga_id, SagaState(state), stuck, reason, new)
+
+    def lock_known(self, saga_id: UUID) -> SagaRow | None:
+        with _busy_while_locked(f"saga {saga_id}"):
+            rows = self._rows(_LOCK_KNOWN, saga_id, self._participant)
+        for state, stuck, reason in rows:
+            return SagaRow(saga_id, SagaState(state), stuck, reason)
+        return None
 
     def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
         if state is not saga.state:

@@ -192,6 +192,23 @@ def test_a_deadline_after_the_decision_does_nothing(trips: Agency) -> None:
     assert trips.done == ["booked"]
 
 
+def test_a_deadline_of_a_saga_that_was_deleted_aborts_nothing_and_leaves_no_saga(
+    trips: Agency,
+) -> None:
+    trips.books_with_both()
+    trips.play()
+    saga_id = trips.start()
+    trips.settle(but=TIMER)
+    timer = trips.waiting(TIMER, saga_id)
+    with trips.engine.begin() as connection:
+        connection.execute(text("DELETE FROM outbox.saga WHERE saga_id = :id"), {"id": saga_id})
+    trips.stage.deliver(timer)
+    trips.settle()
+    assert trips.rows("SELECT 1 FROM outbox.saga WHERE saga_id = :id", id=saga_id) == []
+    assert "saga.aborted" not in trips.published(saga_id)
+    assert trips.done == ["booked"]
+
+
 def test_a_deadline_that_is_delivered_twice_aborts_once(trips: Agency) -> None:
     trips.books_with_both()
     trips.play()
