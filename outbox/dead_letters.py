@@ -40,8 +40,13 @@ _MATCHING = """
     AND (CAST(:type AS text) IS NULL OR type = :type)
     AND (CAST(:key AS text) IS NULL OR key = :key)
 """
+_HELD_UP = """
+    (SELECT count(*) FROM {schema}.pending_delivery AS owed
+     WHERE owed.handler = letter.handler AND owed.type = letter.type AND owed.key = letter.key
+         AND owed.reason = 'early' AND owed.key_seq > letter.key_seq) AS held_up
+"""
 _LIST = f"""
-SELECT {_COLUMNS} FROM {{schema}}.dead_letter
+SELECT {_COLUMNS}, {_HELD_UP} FROM {{schema}}.dead_letter AS letter
 WHERE {_MATCHING} AND id < :before ORDER BY id DESC LIMIT :limit
 """  # noqa: S608 - constant text
 _COUNT = f"SELECT count(*) FROM {{schema}}.dead_letter WHERE {_MATCHING}"  # noqa: S608
@@ -71,6 +76,8 @@ class DeadLetter:
     error: str
     traceback: str
     parked_at: datetime
+    held_up: int = 0
+    """How many deliveries were seen waiting behind it, in the order of its key."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ lower one that comes later still is handled when it comes: late, but never lost.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +34,8 @@ from outbox.errors import MalformedMessage
 from outbox.pending import DUE_AT_ONCE
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import fetch
+
+log = logging.getLogger(__name__)
 
 SETTLE: Final = timedelta(seconds=3)
 """How long the first event seen of a key that is not its first one waits for those before it."""
@@ -141,14 +145,34 @@ def pass_over(
     by all. Where its turn has not come it is remembered. Nothing, for one that has no order."""
     if seq is None:
         return
+    of = _attributes(body)
+    if of is None:
+        log.error(
+            "what has number %d in the order of its key was given up, and cannot be read so far as "
+            "to say which key that is: those after it wait until they are discarded or redriven", seq,
+        )  # fmt: skip
+        return
+    of |= {"seq": seq}
+    for row in fetch(session, _WAITING_FOR, {**of, "handler": handler}, schema):
+        place = Place(row.handler, of["source"], of["type"], of["key"], seq)
+        _set(session, place, row.next_seq, [*row.passed, seq], schema)
+
+
+def _attributes(body: bytes) -> dict[str, Any] | None:
+    """Source, type and key of an envelope, even if only that of it can be read."""
     try:
         envelope = decode(body)
+        return {"source": envelope.source, "type": envelope.type, "key": envelope.key or ""}
     except MalformedMessage:
-        return
-    of = {"source": envelope.source, "type": envelope.type, "key": envelope.key or "", "seq": seq}
-    for row in fetch(session, _WAITING_FOR, {**of, "handler": handler}, schema):
-        place = Place(row.handler, envelope.source, envelope.type, envelope.key or "", seq)
-        _set(session, place, row.next_seq, [*row.passed, seq], schema)
+        pass
+    # `encode` writes the data last; inside a string the quotes of this would be escaped.
+    head, _, _ = body.partition(b',"data":')
+    try:
+        raw = json.loads(head + b"}")
+        of = {"source": raw["source"], "type": raw["type"], "key": raw["partitionkey"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return of if all(isinstance(value, str) for value in of.values()) else None
 
 
 def _locked(session: Session, place: Place, schema: str) -> Any:

@@ -69,7 +69,7 @@ def list_command(
         print_json({"total": total, "dead_letters": [_summary(each) for each in letters]})
         return
     print_table(
-        ["id", "parked", "handler", "event", "key", "tries", "error"],
+        ["id", "parked", "handler", "event", "key", "tries", "holds up", "error"],
         [
             [
                 each.id,
@@ -78,6 +78,7 @@ def list_command(
                 each.type,
                 each.key,
                 each.attempts,
+                each.held_up or None,
                 first_line(each.error),
             ]
             for each in letters

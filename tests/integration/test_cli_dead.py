@@ -86,6 +86,20 @@ def test_dead_letters_are_listed_newest_first_with_the_total(
     assert [each["id"] for each in page["dead_letters"]] == [ids[0]]
 
 
+def test_the_list_says_how_many_wait_behind_an_ordered_dead_letter(
+    run_outbox: Outbox, park: Callable[..., int], migrated_engine: Engine
+) -> None:
+    park(key="o1", key_seq=3)
+    behind = pending.Owed(
+        "billing", "billing.bill", new_id(), "order.placed", b"{}", key="o1", key_seq=4
+    )
+    with Session(migrated_engine) as session, session.begin():
+        pending.owe(session, behind, "early")
+    (letter,) = document(run_outbox("dead", "list", "--json"))["dead_letters"]
+    assert letter["held_up"] == 1
+    assert "holds up" in run_outbox("dead", "list").stdout
+
+
 def test_filters_narrow_the_list(run_outbox: Outbox, park: Callable[..., int]) -> None:
     park()
     other = park(handler="billing.refund", type="order.cancelled", key="o9")

@@ -220,6 +220,53 @@ def test_an_event_that_is_discarded_before_its_turn_holds_up_nothing_when_its_tu
     assert bank.booked() == {"a": [1, 2, 5]}
 
 
+def test_a_quarantined_event_whose_data_cannot_be_read_holds_up_its_key_only_until_it_is_discarded(
+    bank: Bank,
+) -> None:
+    bank.publish("a", 3)
+    first, second, third = bank.messages()
+    broken = bytes(second.body).replace(b'"data":{', b'"data":{{')
+    bank.receive(first)
+    assert bank.receiver.receive(broken, key_seq=second.key_seq).refused
+    bank.receive(third)
+    with Session(bank.engine) as session, session.begin():
+        (message,) = quarantine.list_messages(session)
+        assert quarantine.discard(session, message.id, "cut off")
+    bank.settle()
+    assert bank.booked() == {"a": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xff{", b"[1]", b'{"source":"x"}', b'{"type":1,"data":[[[']
+)
+def test_what_cannot_be_read_at_all_moves_no_key_on(
+    bank: Bank, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank.publish("a", 3)
+    first, _, third = bank.messages()
+    bank.receive(first)
+    bank.receive(third)
+    bank.receiver.receive(body, key_seq=2)
+    with Session(bank.engine) as session, session.begin():
+        (message,) = quarantine.list_messages(session)
+        assert quarantine.discard(session, message.id, "cut off")
+    bank.settle()
+    assert bank.booked() == {"a": [1]}
+    assert "which key that is" in caplog.text
+
+
+def test_a_dead_letter_says_how_many_wait_behind_it(bank: Bank) -> None:
+    bank.publish("a", 4)
+    bank.publish("b", 1)
+    bank.failures["a", 2] = bank.failures["b", 1] = 2
+    for message in bank.messages():
+        bank.receive(message)
+    bank.settle()
+    with Session(bank.engine) as session:
+        held_up = {one.key: one.held_up for one in dead_letters.list_letters(session)}
+    assert held_up == {"a": 2, "b": 0}
+
+
 def test_two_sources_of_one_key_are_two_orders(bank: Bank) -> None:
     other = Service("other", registry=bank.registry)
     for source, amount in ((bank.books, 1), (other, 10), (bank.books, 2), (other, 20)):
