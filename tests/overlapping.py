@@ -16,7 +16,7 @@ from saga.store import SqlJournal
 
 _CALLS: Final = frozenset(
     {
-        "open", "lock", "move", "find", "record", "advance", "runs", "claim", "arrive", "arrivals",
+        "open", "lock", "lock_known", "move", "find", "record", "advance", "runs", "claim", "arrive", "arrivals",
         "append", "schedule", "flush",
     }
 )  # fmt: skip

@@ -27,13 +27,14 @@ from examples.order_saga.users.service import users
 from examples.trip_saga.trips import trips
 from outbox import attempt, inbox
 from outbox.inbox import Arrival
+from outbox.statements import statement
 from outbox.transactions import DeliverySession
 from saga.deadline import run_deadline
 from saga.join import join_key
 from saga.journal import RunKey, SagaRow, SagaState
 from saga.runtime import saga_id_of
 from saga.step import Run, perform
-from saga.store import SqlJournal
+from saga.store import _MOVE_SAGA, SqlJournal
 from saga.testing.world import Message, Node
 
 Mutant = Callable[[], AbstractContextManager[Any]]
@@ -50,7 +51,7 @@ def tombstone_dropped() -> Iterator[None]:
 
     def unwind(runtime: Any, journal: Any, row: Any, **options: Any) -> None:
         if row.new:
-            table = saga.store.statement(
+            table = statement(
                 "DELETE FROM {schema}.saga WHERE saga_id = :id AND participant = :name", "outbox"
             )
             journal.session.execute(table, {"id": row.saga_id, "name": runtime.participant})
@@ -151,9 +152,14 @@ class _Blind(SqlJournal):
     def lock(self, saga_id: UUID) -> SagaRow:
         return replace(super().lock(saga_id), state=SagaState.RUNNING)
 
+    def lock_known(self, saga_id: UUID) -> SagaRow | None:
+        row = super().lock_known(saga_id)
+        return None if row is None else replace(row, state=SagaState.RUNNING)
+
     def move(self, saga: SagaRow, state: SagaState, *, stuck: bool, reason: str | None) -> SagaRow:
-        anywhere = saga.store._MOVE_SAGA.replace("AND state = :before", "")
-        self._execute(anywhere, saga_id=saga.saga_id, after=state, stuck=stuck, reason=reason)
+        from_anywhere = _MOVE_SAGA.replace("AND state = %s", "")
+        key = (saga.saga_id, self._participant)
+        assert self._rows(from_anywhere, state.value, stuck, reason, *key)
         return replace(saga, state=state, stuck=stuck, reason=reason)
 
 
