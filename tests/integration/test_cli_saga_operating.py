@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters
@@ -19,19 +19,8 @@ from outbox.events import Registry
 from saga import case
 from saga.cli import main
 from saga.control import SagaCompleted
-from tests.databases import Databases
 from tests.overlapping import StoppingJournal, StoppingParticipant, overlap
 from tests.sagas import Shop, check_whole
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters, pending, quarantine
@@ -22,7 +21,6 @@ from outbox.dead_letters import Matching
 from outbox.events import Registry
 from outbox.receive import Receiver
 from outbox.service import RetryPolicy, Service
-from tests.databases import Databases
 
 NOW = timedelta(0)
 EVENTS = text(
@@ -112,15 +110,6 @@ class Bank:
             for row in connection.execute(text("SELECT account, amount FROM booking ORDER BY at")):
                 booked[row.account].append(row.amount)
         return booked
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox.errors import ConfigurationError
@@ -17,7 +16,6 @@ from outbox.events import Registry
 from outbox.service import RetryPolicy
 from saga import Participant, Reject
 from saga.testing.choreography import Choreography, Message
-from tests.databases import Databases
 from tests.overlapping import StoppingParticipant, overlap
 
 TWICE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
@@ -64,16 +62,6 @@ class TripDone:
 @dataclass(frozen=True)
 class TripCancelled:
     trip: str
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 class Agency:

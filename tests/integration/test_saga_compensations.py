@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox.attempt import TransactionLimits
@@ -17,7 +17,6 @@ from outbox.receive import ReceiveSettings
 from outbox.service import RetryPolicy
 from saga import Participant
 from saga.operating import Operator, resume
-from tests.databases import Databases
 from tests.payments import Killed
 from tests.sagas import OrderCreated, Shop
 
@@ -26,16 +25,11 @@ AT_ONCE = timedelta(0)
 
 
 @pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
+def engine(engine: Engine) -> Engine:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE shelf (id int PRIMARY KEY)"))
         connection.execute(text("INSERT INTO shelf VALUES (1)"))
-    yield engine
-    engine.dispose()
-    databases.drop(url)
+    return engine
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ stays on its way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import quarantine
@@ -23,7 +23,6 @@ from outbox.service import RetryPolicy
 from saga import Participant, Reject, current
 from saga.operating import Operator, resume, skip_compensation
 from saga.testing.choreography import Choreography, Message
-from tests.databases import Databases
 
 AT_ONCE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
 SOMEBODY = Operator("ann", "the step is back")
@@ -53,16 +52,6 @@ class Paid:
 @dataclass(frozen=True)
 class Refused:
     id: str
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 class Log:

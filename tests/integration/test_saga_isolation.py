@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox.events import Registry
@@ -16,7 +15,6 @@ from saga import Participant, Reject
 from saga.errors import Changed, Held, OutsideSaga
 from saga.isolation import Otherwise, SemanticLock, reread
 from saga.testing.choreography import Choreography
-from tests.databases import Databases
 from tests.overlapping import StoppingParticipant, overlap
 from tests.sagas import TWICE
 
@@ -142,13 +140,9 @@ class Theatre:
 
 
 @pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    url = databases.create_migrated()
-    engine = create_engine(url)
+def engine(engine: Engine) -> Engine:
     Base.metadata.create_all(engine)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
+    return engine
 
 
 @pytest.fixture

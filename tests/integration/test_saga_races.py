@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox.attempt import TransactionLimits
 from outbox.receive import ReceiveSettings
 from saga import AlreadyStarted
 from saga.testing.choreography import Message
-from tests.databases import Databases
 from tests.overlapping import StoppingParticipant, overlap
 from tests.sagas import OrderCreated, Shop, check_whole
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 
 from outbox.celery.engines import ForkSafeEngine
 from outbox.celery.sweeping import _keep_up
 from saga.retention import forget_ended, no_shorter_than
-from tests.databases import Databases
 from tests.sagas import Shop, check_whole
 
 DAYS_90 = timedelta(days=90)
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

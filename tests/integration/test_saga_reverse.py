@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox.events import Registry
 from saga import Participant, Reject
 from saga.retiring import forget_peer
 from saga.testing.choreography import Choreography, Message
-from tests.databases import Databases
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,6 @@ class Met:
 @dataclass(frozen=True)
 class Refused:
     name: str
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 class Stage:

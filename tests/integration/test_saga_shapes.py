@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -18,7 +18,6 @@ from outbox.envelope import decode
 from outbox.events import Registry
 from saga import Participant, Reject, current
 from saga.testing.choreography import Choreography
-from tests.databases import Databases
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,6 @@ class Painted:
 @dataclass(frozen=True)
 class Spoiled:
     name: str
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

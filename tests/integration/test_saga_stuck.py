@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters, quarantine
 from outbox.dead_letters import Matching
 from saga import Participant, Reject
-from tests.databases import Databases
 from tests.sagas import TWICE, Broken, OrderCreated, Shop, StockRejected, StockReserved, check_whole
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
@@ -11,14 +10,13 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, make_url, text
 from sqlalchemy.orm import Session
 
 from outbox.events import Registry
 from outbox.service import RetryPolicy
 from saga import InvalidDeadline, Reject
 from saga.testing.choreography import Choreography, Message
-from tests.databases import Databases
 from tests.overlapping import StoppingParticipant, overlap
 
 TWICE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
@@ -48,16 +46,6 @@ class Booked:
 @dataclass(frozen=True)
 class TooLate:
     trip: str
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 class Agency:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from saga import AlreadyStarted
-from tests.databases import Databases
 from tests.sagas import BRANCHES, OrderCreated, Shop, check_whole
-
-
-@pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
-    """One database for all: each test looks at its own saga only."""
-    url = databases.create_migrated()
-    engine = create_engine(url)
-    yield engine
-    engine.dispose()
-    databases.drop(url)
 
 
 @pytest.fixture
