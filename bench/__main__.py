@@ -53,13 +53,17 @@ def main(
         upgrade_engine(create_engine(database))
         figures = [*publishing.figures(database), *relaying.figures(database, redis, rabbitmq_url)]
         figures += receiving.figures(database, rabbitmq_url or redis)
-        if not only or only in "relay to Kafka":
+        if _is_wanted("relay to Kafka", only):
             figures += stack.enter_context(kafka.figures(database, kafka_url))
-        if not only or only in "sagas":
+        if any(_is_wanted(name, only) for name in sagas.NAMES):
             figures += stack.enter_context(sagas.figures(database, redis))
-        results = [measure(figure, rounds) for figure in figures if not only or only in figure.name]
+        results = [measure(figure, rounds) for figure in figures if _is_wanted(figure.name, only)]
     RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     _print(results)
+
+
+def _is_wanted(name: str, only: str | None) -> bool:
+    return not only or only in name
 
 
 def _print(results: list[Result]) -> None:

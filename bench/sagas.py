@@ -29,6 +29,7 @@ from bench import durable
 from bench.figures import Figure, Timer
 from bench.publishing import conninfo
 
+NAMES = ("saga of 4 steps, completed", "saga of 4 steps, rejected in the last step")
 SAGAS = 300
 PROCESSES = 2
 PATIENCE_SECONDS = 120.0
@@ -63,11 +64,10 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
             workflow = stack.enter_context(durable.workflows(database, SAGAS))
         else:
             click.echo("dbos is not installed: sagas are measured without that control", err=True)
-        for what, fails in (("completed", False), ("rejected in the last step", True)):
+        for name, fails in zip(NAMES, (False, True), strict=True):
             ours = _until_ended(database, lambda run, f=fails: _start(saga_app, run, fails=f))
             plain = _until_ended(database, lambda run, f=fails: saga_app.plain_chain(run, fails=f))
             by_hand = _by_hand(database, fails=fails)
-            name = f"saga of 4 steps, {what}"
             made.append(Figure(name, "sagas/s", ours, plain, "a Celery chain, no guarantees", 2))
             made.append(Figure(name, "sagas/s", ours, by_hand, "by hand, in threads", 0.5))
             if workflow is not None:
