@@ -24,6 +24,7 @@ class Killed(BaseException):
 class Ordered:
     order: str
     is_out_of_stock: bool = False
+    is_declined: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 from uuid import UUID
@@ -23,37 +22,11 @@ from saga import Participant, Reject, current, external
 from saga.journal import StepState
 from saga.testing.simulation import Request, Simulation
 from saga.testing.world import SimulatedService, World
+from tests.payments import Declined, Ordered, OutOfStock, Paid, Stocked
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
 SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
 FOUND_WITHIN = 150
-
-
-@dataclass(frozen=True)
-class Ordered:
-    order: str
-    is_out_of_stock: bool
-    is_declined: bool
-
-
-@dataclass(frozen=True)
-class Paid:
-    key: str
-
-
-@dataclass(frozen=True)
-class Declined:
-    order: str
-
-
-@dataclass(frozen=True)
-class Stocked:
-    order: str
-
-
-@dataclass(frozen=True)
-class OutOfStock:
-    order: str
 
 
 class Shop:
@@ -113,19 +86,21 @@ class Shop:
                 "INSERT INTO charge (key) VALUES (:key) ON CONFLICT DO NOTHING RETURNING key",
                 _key(),
             )
-            return Paid(_key())
+            return Paid(ordered.order, _key())
 
         @charge.resolve
         def look_up(ordered: Ordered) -> Paid | None:
             return (
-                Paid(_key())
+                Paid(ordered.order, _key())
                 if self._bank("SELECT key FROM charge WHERE key = :key", _key())
                 else None
             )
 
         @charge.compensation
         def refund(ordered: Ordered, paid: Paid, session: Session) -> None:
-            self._bank("UPDATE charge SET refunded = true WHERE key = :key RETURNING key", paid.key)
+            self._bank(
+                "UPDATE charge SET refunded = true WHERE key = :key RETURNING key", paid.reference
+            )
 
     def _bank(self, sql: str, key: str) -> list[Any]:
         with Session(self.bank.engine) as session, session.begin():
