@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saga.context import CurrentSaga, current
-    from saga.declaration import Reject
     from saga.errors import (
         AlreadyStarted,
         Changed,
@@ -26,15 +25,16 @@ if TYPE_CHECKING:
         Unknown,
     )
     from saga.participant import Participant
+    from saga.reaction import Reject
 
 _HOMES = {
     "saga.context": ("CurrentSaga", "current"),
-    "saga.declaration": ("Reject",),
     "saga.errors": (
         "AlreadyStarted", "Changed", "Held", "IllegalTransition", "InvalidDeadline", "NoCompensation",
         "OutsideSaga", "Refused", "SagaDecided", "SagaError", "UndeclaredEvent", "Unknown",
     ),
     "saga.participant": ("Participant",),
+    "saga.reaction": ("Reject",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

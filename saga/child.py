@@ -23,10 +23,11 @@ from sqlalchemy.orm import Session
 from outbox.service import Delivery
 from saga.context import Emission
 from saga.control import COMPLETED
-from saga.declaration import ChildSaga, Reject
+from saga.declaration import ChildSaga
 from saga.errors import UndeclaredEvent
 from saga.external import Answer, end_in_an_aborted_saga
 from saga.journal import Journal, RunKey, SagaState, StepState
+from saga.reaction import Reject
 from saga.runtime import Runtime, reset_stuck, saga_id_of
 from saga.start import start
 from saga.step import Run, finish, perform, reject, skip

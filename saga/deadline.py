@@ -21,8 +21,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from outbox.service import Delivery
-from saga.declaration import Deadline, Reject
+from saga.declaration import Deadline
 from saga.journal import RunKey, SagaState, StepState
+from saga.reaction import Reject
 from saga.runtime import Runtime, log, saga_id_of
 from saga.step import Run, reject
 

@@ -43,9 +43,10 @@ from outbox.attempt import Busy
 from outbox.crash_points import crash_point
 from outbox.service import Delivery
 from saga.context import Emission
-from saga.declaration import ExternalStep, Reject
+from saga.declaration import ExternalStep
 from saga.errors import Unknown
 from saga.journal import Journal, RunKey, StepState
+from saga.reaction import Reject
 from saga.runtime import (
     Runtime,
     log,

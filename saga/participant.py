@@ -40,10 +40,7 @@ from saga.declaration import (
     Deadline,
     EventClasses,
     ExternalStep,
-    F,
     Join,
-    P,
-    R,
     Start,
     Step,
     event_types,
@@ -51,6 +48,7 @@ from saga.declaration import (
 )
 from saga.external import finish_call, prepare_call
 from saga.join import park_join, run_join
+from saga.reaction import F, P, R
 from saga.specs import spec_of
 from saga.start import start
 from saga.step import park_step, run_step

@@ -18,8 +18,8 @@ from uuid import UUID
 
 from outbox.envelope import Envelope
 from saga.context import Emission
-from saga.declaration import Reaction
 from saga.journal import RunKey, StepState
+from saga.reaction import Reaction
 from saga.store import SqlJournal
 
 Names = Mapping[str, tuple[str, ...]]

@@ -18,9 +18,10 @@ from outbox.events import Registry
 from outbox.service import Delivery
 from outbox.statements import storable
 from saga.context import SAGA_ID, CurrentSaga, working_for
-from saga.declaration import Deadline, Reaction, Start
+from saga.declaration import Deadline, Start
 from saga.errors import OutsideSaga
 from saga.journal import Journal, RunKey, SagaRow, StepRow
+from saga.reaction import Reaction
 
 log: Final = logging.getLogger("saga")
 

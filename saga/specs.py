@@ -14,7 +14,8 @@ from saga.choreography import (
     StartSpec,
     StepSpec,
 )
-from saga.declaration import ChildSaga, Deadline, Join, Reaction, Start, Step
+from saga.declaration import ChildSaga, Deadline, Join, Start, Step
+from saga.reaction import Reaction
 
 
 def spec_of(name: str, reactions: Iterable[Reaction[..., Any]]) -> ParticipantSpec:

@@ -27,9 +27,10 @@ from outbox.envelope import Envelope
 from outbox.service import Delivery
 from saga.context import Emission
 from saga.control import SagaAborted, SagaCompleted, SagaStuck
-from saga.declaration import Reaction, Reject, Step
+from saga.declaration import Step
 from saga.errors import SagaDecided, Unknown
 from saga.journal import Journal, RunKey, SagaRow, SagaState, StepState
+from saga.reaction import Reaction, Reject
 from saga.runtime import (
     Runtime,
     described,

@@ -41,9 +41,9 @@ from sqlalchemy.orm import Session
 from outbox.envelope import Envelope
 from outbox.service import Delivery
 from saga.control import CompensationDue, OwedCompensation, SagaStuck, SagaUndone
-from saga.declaration import Reaction
 from saga.errors import NoCompensation, SagaError
 from saga.journal import ClaimedRun, Journal, RunKey, SagaRow, SagaState, StepRow, StepState
+from saga.reaction import Reaction
 from saga.runtime import Runtime, described
 
 

@@ -12,8 +12,9 @@ from outbox.events import EventType
 from outbox.service import Delivery, Handler, RetryPolicy, Service
 from saga import control, decisions, peers
 from saga.choreography import Place
-from saga.declaration import Deadline, Owner, Reaction, Start, Step
+from saga.declaration import Deadline, Start, Step
 from saga.journal import Journal
+from saga.reaction import Owner, Reaction
 from saga.runtime import Runtime
 from saga.step import put_off
 from saga.unwinding import compensate, park_compensation, refuse_removed
