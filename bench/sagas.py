@@ -32,6 +32,7 @@ from bench.publishing import conninfo
 NAMES = ("saga of 4 steps, completed", "saga of 4 steps, rejected in the last step")
 SAGAS = 300
 PROCESSES = 2
+BATCH = ("--outbox-batch", "100")
 PATIENCE_SECONDS = 120.0
 TABLES = """
 CREATE TABLE IF NOT EXISTS bench_effect (run text, step int, PRIMARY KEY (run, step));
@@ -54,8 +55,8 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         }
         from bench import saga_app
 
-        for app, queues in (("app", "bench.events"), ("plain", "bench.plain")):
-            stack.enter_context(_worker(app, queues))
+        stack.enter_context(_worker("app", "bench.events", *BATCH))
+        stack.enter_context(_worker("plain", "bench.plain"))
         stack.enter_context(_relay(database, broker_url))
         _wait_for_workers(database, saga_app)
         made = []
@@ -166,11 +167,11 @@ def _one_step(connection: psycopg.Connection[Any], run: str, verb: str, step: in
 
 
 @contextmanager
-def _worker(app: str, queues: str) -> Iterator[None]:
+def _worker(app: str, queues: str, *more: str) -> Iterator[None]:
     options = ["--pool", "prefork", "--concurrency", str(PROCESSES), "--loglevel", "ERROR"]
     quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", queues]
     command = [sys.executable, "-m", "celery", "-A", f"bench.saga_app:{app}", "worker"]
-    with _running([*command, *options, *quiet, "--hostname", f"{app}@bench"]):
+    with _running([*command, *options, *quiet, "--hostname", f"{app}@bench", *more]):
         yield
 
 
