@@ -92,7 +92,9 @@ class Batch:
         self._limits.impose(session)
         entered = self._enter(session)
         crash_point("receive.batch_begun")
-        for handler, deliveries in self._in_lock_order(entered):
+        runs = list(self._in_lock_order(entered))
+        self._intake.service.begin_batch([one for _, given in runs for one in given], session)
+        for handler, deliveries in runs:
             self._run(handler, deliveries, session)
         crash_point("receive.batch_handled")
         return entered

@@ -278,6 +278,10 @@ class Service:
         wait for each other in a circle. By default the event's key."""
         return envelope.key or ""
 
+    def begin_batch(self, deliveries: Sequence[Delivery], session: Session) -> None:
+        """Called in the transaction of a batch before its handlers run, with all that they will be
+        given: to lock and read at once what each would lock and read for itself."""
+
     def keep_up(self, engine: Engine, window: timedelta) -> None:
         """Maintain tables of its own: called now and then, in a worker's main process.
 

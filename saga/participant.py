@@ -14,7 +14,7 @@ wrongly is refused at import, with the file and the line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,6 +27,7 @@ from outbox.events import registry as default_registry
 from outbox.service import RetryPolicy
 from outbox.sql import DEFAULT_SCHEMA
 from saga import peers, renamed, retention
+from saga.batching import BatchJournal, remember, remembered_in
 from saga.child import hear_of_child, run_child
 from saga.choreography import (
     Exhausted,
@@ -49,6 +50,7 @@ from saga.declaration import (
 from saga.external import finish_call, prepare_call
 from saga.join import park_join, run_join
 from saga.reaction import F, P, R
+from saga.runtime import known_saga_id_of
 from saga.specs import spec_of
 from saga.start import start
 from saga.step import park_step, run_step
@@ -58,8 +60,10 @@ from saga.wiring import PATIENT, Wiring
 if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.orm import Session
 
     from outbox.envelope import Envelope
+    from outbox.service import Delivery
     from saga.journal import Journal
 
 Unwinding = Literal["reverse", "eager"]
@@ -102,6 +106,10 @@ class Participant(Wiring):
         if was := renamed.names(self._reactions.values()):
             return renamed.RenamedJournal(
                 session, self.name, self.schema, decides=self.decides, was=was
+            )
+        if remembered := remembered_in(session, self.name, self.schema):
+            return BatchJournal(
+                session, self.name, self.schema, decides=self.decides, remembered=remembered
             )
         return SqlJournal(session, self.name, self.schema, decides=self.decides)
 
@@ -368,6 +376,18 @@ class Participant(Wiring):
     def lock_order(self, envelope: Envelope) -> str:
         """The saga, whose row each of its handlers locks first."""
         return str(envelope.extensions.get(SAGA_ID) or super().lock_order(envelope))
+
+    def begin_batch(self, deliveries: Sequence[Delivery], session: Session) -> None:
+        """Lock and read the sagas of a batch at once (see `saga.batching`)."""
+        if renamed.names(self._reactions.values()):
+            return
+        named = [(one.handler, known_saga_id_of(one)) for one in deliveries]
+        sagas = {saga_id for _, saga_id in named if saga_id}
+        opens = {saga_id for name, saga_id in named if saga_id and name in self._opening}
+        if sagas:
+            remember(
+                session, self.name, self.schema, decides=self.decides, sagas=sagas, opens=opens
+            )
 
     def keep_up(self, engine: Engine, window: timedelta) -> None:
         """Introduce it where that is due, and forget sagas that ended long ago."""

@@ -179,7 +179,7 @@ class SqlJournal:
         saga = (start.saga_id, self._participant)
         if not self._rows(_OPEN_SAGA, *saga, definition, self._decides):
             return False
-        published = _written([Emission(start.trigger_id, definition)])
+        published = written([Emission(start.trigger_id, definition)])
         self._do(_RECORD_START, *saga, start.step, start.trigger_id, trigger, published)
         return True
 
@@ -225,7 +225,7 @@ class SqlJournal:
         reason: str | None = None,
     ) -> None:
         check_step_move(key, before, after)
-        outcome = (after.value, emitted, _written(published), reason)
+        outcome = (after.value, emitted, written(published), reason)
         if before is None:
             self._do(_INSERT_RUN, *self._key(key), trigger, *outcome)
         elif not self._rows(_RESUME_RUN, *outcome, *self._key(key), before.value):
@@ -351,7 +351,8 @@ class SqlJournal:
         return run.saga_id, self._participant, run.step, run.trigger_id
 
 
-def _written(published: Sequence[Emission]) -> str | None:
+def written(published: Sequence[Emission]) -> str | None:
+    """What a run has published, as its row holds it."""
     if not published:
         return None
     return json.dumps([(str(one.event_id), one.type) for one in published])

@@ -35,11 +35,17 @@ class Wiring(Service):
         self._reactions: dict[str, Reaction[..., Any]] = {}
         self._by_any_name: dict[str, Reaction[..., Any]] = {}
         self._own_handlers: set[str] = set()
+        self._opening: set[str] = set()
+        """Its handlers that lock the saga of each event, and write down one that is new."""
         self._runtime = Runtime(
             self.name, self.registry, self._by_any_name, open_journal, unwinds_eagerly
         )
-        self._add_decision(control.ABORTED, decisions.on_aborted)
-        self._add_decision(control.COMPLETED, decisions.on_completed)
+        for event_type, run in (
+            (control.ABORTED, decisions.on_aborted),
+            (control.COMPLETED, decisions.on_completed),
+        ):
+            self._add_decision(event_type, run)
+            self._opening.add(self._runtime.handler(event_type.name))
         # Also where it unwinds eagerly: an abort by hand does not know that, and leaves runs waiting.
         self._add_decision(control.UNDONE, decisions.on_undone)
         self._add_introductions()
@@ -113,6 +119,8 @@ class Wiring(Service):
             later = self._runtime.delayed_handler(reaction.name)
             self._add(replace(handler, name=later, subscribes=False))
             handler = replace(handler, run=partial(put_off, self._runtime, reaction), prepare=None)
+        elif not isinstance(reaction, Deadline):
+            self._opening.add(handler.name)
         self._add(handler)
 
     def _add_child(self, step: Reaction[..., Any], hear: Callable[[Delivery, Any], None]) -> None:
