@@ -30,16 +30,16 @@ from outbox.inbox import Arrival
 from outbox.ordering import Turn
 from outbox.pending import Noted
 from outbox.service import Delivery, Handler, Service
-from outbox.statements import statement
+from outbox.statements import fetch
 from outbox.transactions import NotBegun
 from outbox.transient import is_lock_timeout, is_transient
 
 log = logging.getLogger(__name__)
 
 _LIMIT = """
-SELECT set_config('lock_timeout', :lock, true),
-    set_config('idle_in_transaction_session_timeout', :idle, true),
-    set_config('statement_timeout', :statement, true)
+SELECT set_config('lock_timeout', :lock, true) AS lock,
+    set_config('idle_in_transaction_session_timeout', :idle, true) AS idle,
+    set_config('statement_timeout', :statement, true) AS statement
 """
 # One round trip, before anything can wait for a lock.
 _OPEN = f"""{_LIMIT.rstrip()},
@@ -303,14 +303,12 @@ class _Standing:
 
 
 def _open(session: Session, work: Work) -> _Standing:
-    row = session.execute(
-        statement(_OPEN, work.schema),
-        {
-            **work.limits.parameters,
-            "handler": work.handler.name,
-            "event_id": work.envelope.id,
-        },
-    ).one()
+    values = {
+        **work.limits.parameters,
+        "handler": work.handler.name,
+        "event_id": work.envelope.id,
+    }
+    (row,) = fetch(session, _OPEN, values, work.schema)
     return _Standing(owed=row.owed, parked=row.parked)
 
 
