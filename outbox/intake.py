@@ -92,8 +92,8 @@ class Intake:
         return self.service.handler(name) or self.service.stand_in(name)
 
     def _subscribed(self, envelope: Envelope) -> Sequence[Handler]:
-        handlers = self.service.handlers_for(envelope.type)
-        if not handlers:
+        handlers = self.service.handlers_for(envelope.type, envelope.source)
+        if not handlers and not self.service.handlers_for(envelope.type):
             raise UnknownEventType(
                 f"no handler of service {self.service.name} takes {envelope.type!r}; "
                 f"it takes: {', '.join(self.service.bindings) or 'nothing'}"

@@ -99,6 +99,8 @@ class Handler:
     """(type, version) pairs that it can be given; empty: every version the registry can read."""
     subscribes: bool = True
     """False: it takes only what is addressed to it by name (timers, work scheduled for later)."""
+    hears_itself: bool = True
+    """False: what its own service has published is nothing new to it, and is dropped unread."""
     prepare: Callable[[Delivery, Session], Callable[[], Any] | None] | None = None
     """For what acts outside of the database: run first, in a transaction of its own, at each
     attempt. What it returns is called after that commit, in no transaction, and must not return
@@ -264,9 +266,15 @@ class Service:
     def handlers(self) -> Sequence[Handler]:
         return tuple(self._handlers.values())
 
-    def handlers_for(self, event_type: str) -> Sequence[Handler]:
-        """The handlers that an event of that type off the bus is for, in order of registration."""
-        return [h for h in self._handlers.values() if h.subscribes and event_type in h.event_types]
+    def handlers_for(self, event_type: str, source: str | None = None) -> Sequence[Handler]:
+        """The handlers that an event of that type off the bus is for, in order of registration:
+        all that subscribe to it, or those to which one from *source* says something."""
+        is_own = source == self.name
+        return [
+            one
+            for one in self._handlers.values()
+            if one.subscribes and event_type in one.event_types and (one.hears_itself or not is_own)
+        ]
 
     @property
     def bindings(self) -> list[str]:

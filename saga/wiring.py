@@ -156,6 +156,8 @@ class Wiring(Service):
                 run=partial(run, self._runtime),
                 retry=PATIENT,
                 exhausted=partial(decisions.park_decision, self._runtime),
+                # Who says such a thing has written it down in the same commit.
+                hears_itself=False,
             )
         )
 
@@ -171,6 +173,7 @@ class Wiring(Service):
                     run=partial(run, self._runtime),
                     retry=PATIENT,
                     subscribes=event_type is control.INTRODUCED,
+                    hears_itself=False,
                 )
             )
 

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from outbox.envelope import decode
 from saga import AlreadyStarted
 from tests.sagas import BRANCHES, OrderCreated, Shop, check_whole
 
@@ -118,7 +119,9 @@ def test_duplicates_have_no_second_effect_even_when_the_inbox_has_forgotten_them
     before = shop.effects(completed), shop.effects(compensated), shop.published(completed)
     shop.run("DELETE FROM outbox.inbox")
     for message in [one for one in shop.play.delivered if one.handler is None]:
-        assert "handled" in str(shop.play.deliver(message))
+        is_own = decode(message.body).source == message.service
+        outcome = str(shop.play.deliver(message))
+        assert outcome == "" if is_own else "handled" in outcome
     shop.play.settle()
     assert check_whole(shop, completed) == "completed"
     assert check_whole(shop, compensated) == "compensated"

@@ -63,6 +63,20 @@ def test_an_event_is_for_every_handler_of_its_type(billing: Service) -> None:
     assert list(billing.handlers_for("order.lost")) == []
 
 
+def test_a_handler_that_does_not_hear_itself_takes_what_others_publish() -> None:
+    billing = Service("billing")
+    handler = Handler(
+        name="billing.note",
+        event_types=frozenset({"order.placed"}),
+        run=lambda *_: None,
+        hears_itself=False,
+    )
+    billing.add(handler)
+    assert list(billing.handlers_for("order.placed")) == [handler]
+    assert list(billing.handlers_for("order.placed", "shop")) == [handler]
+    assert list(billing.handlers_for("order.placed", "billing")) == []
+
+
 def test_the_queue_is_bound_to_what_handlers_subscribe_to(billing: Service) -> None:
     billing.on(Placed)(bill)
     billing.add(Handler("billing.timer", frozenset({"order.paid"}), remind, subscribes=False))

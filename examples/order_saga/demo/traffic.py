@@ -58,12 +58,13 @@ def examine(books: Books, subscribed_since: Mapping[str, datetime]) -> Traffic:
     }
     expected = [
         Missing(event, name, handler.name)
-        for event in published.values()
+        for source, ledger in books.ledgers.items()
+        for event in ledger.published
         # Introductions are said while queues are still being bound; who comes later is told again.
         if event.type != INTRODUCED.name
         for name, service in SUBSCRIBERS.items()
         if name not in subscribed_since or event.occurred_at >= subscribed_since[name]
-        for handler in service.handlers_for(event.type)
+        for handler in service.handlers_for(event.type, source)
     ]
     received = {
         (row.event_id, row.handler) for ledger in books.ledgers.values() for row in ledger.received
