@@ -290,7 +290,8 @@ def _quarantine(session: Session, work: Work, reason: str) -> Outcome:
     log.error("%s quarantined: %s", work, reason)
     quarantine.put(
         session, work.service.name, work.envelope.body, reason,
-        headers={"handler": work.handler.name}, key_seq=work.key_seq, schema=work.schema,
+        headers={"handler": work.handler.name}, key_seq=work.key_seq, event_id=work.envelope.id,
+        schema=work.schema,
     )  # fmt: skip
     pending.withdraw(session, work.handler.name, work.envelope.id, schema=work.schema)
     return Outcome.QUARANTINED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from outbox import ordering, pending
+from outbox import inbox, ordering, pending
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement, storable
 
@@ -186,6 +187,9 @@ def discard(
             "dead letter %d discarded (%s): event %s %s for %s, which failed with %s",
             letter.id, reason, letter.type, letter.event_id, letter.handler, letter.error,
         )  # fmt: skip
+        # A copy that comes later, of a replay say, is a duplicate.
+        digest = hashlib.sha256(letter.body).digest()
+        inbox.first_delivery(session, letter.event_id, letter.handler, digest, schema=schema)
         ordering.pass_over(session, letter.body, letter.key_seq, letter.handler, schema=schema)
     return len(letters)
 

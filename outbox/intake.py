@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
+from uuid import UUID
 
 from outbox.envelope import Envelope, decode
 from outbox.errors import MalformedMessage, UnknownEventType
@@ -32,6 +33,14 @@ class Incoming:
     """The broker has handed it out before, so it may have killed a worker."""
     headers: Mapping[str, Any] | None = None
     """Kept with the message if it is quarantined."""
+
+
+def id_in(body: bytes, limits: Limits) -> UUID | None:
+    """The id of the event in *body*, if it is one at all."""
+    try:
+        return decode(body, limits).id
+    except MalformedMessage:
+        return None
 
 
 @dataclass

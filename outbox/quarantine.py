@@ -36,8 +36,8 @@ SET times_seen = times_seen + 1, last_seen = clock_timestamp(), reason = :reason
 WHERE service = :service AND digest = :digest RETURNING id
 """
 _INSERT = """
-INSERT INTO {schema}.quarantine (service, digest, reason, headers, key_seq, body)
-VALUES (:service, :digest, :reason, :headers, :key_seq, :body)
+INSERT INTO {schema}.quarantine (service, digest, event_id, reason, headers, key_seq, body)
+VALUES (:service, :digest, :event_id, :reason, :headers, :key_seq, :body)
 ON CONFLICT (service, digest) DO UPDATE SET
     times_seen = {schema}.quarantine.times_seen + 1, last_seen = clock_timestamp()
 RETURNING id
@@ -86,6 +86,7 @@ def put(
     *,
     headers: Mapping[str, Any] | None = None,
     key_seq: int | None = None,
+    event_id: UUID | None = None,
     schema: str = DEFAULT_SCHEMA,
     max_rows: int = MAX_ROWS,
 ) -> int:
@@ -102,6 +103,7 @@ def put(
         return int(seen)
     values |= {
         "headers": _as_text(headers or {}), "key_seq": key_seq, "body": body[:MAX_BODY_BYTES],
+        "event_id": event_id,
     }  # fmt: skip
     newest = int(session.execute(statement(_INSERT, schema), values).scalar_one())
     _evict_oldest(session, service, newest, max_rows, schema)

@@ -19,12 +19,12 @@ from uuid import UUID
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from outbox import attempt, pending, quarantine
+from outbox import attempt, pending, quarantine, roll_call, rolls
 from outbox.attempt import Busy, Outcome, TransactionLimits, Work
 from outbox.batch import Batch, Pair, Plan
 from outbox.crash_points import crash_point
 from outbox.errors import MalformedMessage
-from outbox.intake import Incoming, Intake, Payload
+from outbox.intake import Incoming, Intake, Payload, id_in
 from outbox.limits import DEFAULT_LIMITS, Limits
 from outbox.service import Service
 from outbox.transactions import NotSettled, Transactions
@@ -44,6 +44,8 @@ class ReceiveSettings:
     """How long a message waits in the worker for a database that is away, before it goes back."""
     tries: int = 5
     """Runs of one attempt that ends in a deadlock or a lost connection."""
+    missed_after: timedelta = timedelta(seconds=15)
+    """How long an event that its source says it sent may be on its way until it is asked for."""
     limits: Limits = DEFAULT_LIMITS
     transaction: TransactionLimits = field(default_factory=TransactionLimits)
 
@@ -58,10 +60,14 @@ class Receipt:
     """By handler."""
     refused: str | None = None
     """Why the message was quarantined as a whole."""
+    told: str | None = None
+    """It was no event but one of the messages between relays and workers (`outbox.rolls`): what came of it."""
 
     def __str__(self) -> str:
         if self.refused is not None:
             return f"quarantined: {self.refused}"
+        if self.told is not None:
+            return self.told
         return ", ".join(f"{handler} {outcome}" for handler, outcome in self.outcomes.items())
 
 
@@ -118,6 +124,8 @@ class Receiver:
 
     def take_in(self, message: Incoming) -> Receipt:
         """Settle *message*, each handler in a transaction of its own. Raises `NotSettled`."""
+        if rolls.is_control(message.body):
+            return self._take_control(message.body)
         if message.handler == pending.EVERY_HANDLER:
             return self._receive_redriven(message)
         return self._receive(message)
@@ -145,18 +153,34 @@ class Receiver:
         headers: Mapping[str, Any] | None = None,
         *,
         key_seq: int | None = None,
+        event_id: UUID | None = None,
     ) -> Receipt:
-        """Keep a message that is not even an envelope. Raises `NotSettled`."""
+        """Keep a message that no handler can be given. Raises `NotSettled`."""
         name, schema = self.service.name, self.service.schema
         log.error("message quarantined: %s", reason)
 
         def put(session: Session) -> None:
             quarantine.put(
-                session, name, body, reason, headers=headers, key_seq=key_seq, schema=schema
-            )
+                session, name, body, reason, headers=headers, key_seq=key_seq, event_id=event_id,
+                schema=schema,
+            )  # fmt: skip
 
         self._transactions.settled(put)
         return Receipt(refused=reason)
+
+    def _take_control(self, body: bytes) -> Receipt:
+        try:
+            message = rolls.decode(body)
+        except MalformedMessage as error:
+            return self.quarantine(body, str(error))
+        who = roll_call.Subscriber(
+            self.service.name,
+            self.settings.missed_after,
+            self.settings.dedupe_window,
+            self.service.schema,
+        )
+        told = self._transactions.settled(lambda session: roll_call.take(session, who, message))
+        return Receipt(told=told)
 
     def _settle_rest(
         self, message: Incoming, plan: Plan | None, handled: Collection[Pair]
@@ -176,7 +200,11 @@ class Receiver:
             envelope, handlers = self._intake.read(message, is_redriven=is_redriven)
         except MalformedMessage as error:
             return self.quarantine(
-                message.body, str(error), message.headers, key_seq=message.key_seq
+                message.body,
+                str(error),
+                message.headers,
+                key_seq=message.key_seq,
+                event_id=id_in(message.body, self.settings.limits),
             )
         payload = Payload(envelope, self.service.registry)
         outcomes = {

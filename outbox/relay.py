@@ -30,6 +30,8 @@ from outbox.errors import BusError, ConfigurationError, LeaseLost, SchemaError
 from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
 from outbox.partitions import RETENTION, Partitions
 from outbox.reader import Cursor, LogReader, Page
+from outbox.replies import Replies
+from outbox.roll_caller import STANDINGS, RollCaller
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 _LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _STORE_EVERY: Final = 0.1
+_LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
 
 
@@ -56,6 +59,10 @@ class RelaySettings:
     in_flight: int = 2
     """Pages that may wait for the broker's confirmation."""
     retention: timedelta = RETENTION
+    rolls: timedelta | None = timedelta(seconds=5)
+    """How often subscribers are told what was sent, so that they miss what is lost (`outbox.rolls`); None: never."""
+    standings: tuple[timedelta, ...] = STANDINGS
+    """After how long that is repeated for a type of which nothing more comes, each time; the last again and again."""
     prepare: bool = True
     """Whether statements may be prepared: False behind a transaction pooler that does not support it."""
 
@@ -95,12 +102,15 @@ class _Connections:
     reader: LogReader
     cursors: CursorStore
     partitions: Partitions
+    rolls: RollCaller | None
+    replies: Replies
     groups: list[_Group] = field(default_factory=list)
     epochs: dict[int, int] = field(default_factory=dict)
     in_flight: deque[_InFlight] = field(default_factory=deque)
     rows: int = 64
     stored_at: float = 0.0
     unstored: set[int] = field(default_factory=set)
+    requests_at: float = 0.0
 
 
 class Relay:
@@ -215,6 +225,7 @@ class Relay:
             moved = self._turn(at)
             now = time.monotonic()
             self._progress = now
+            moved |= self._prove(at, now)
             if moved:
                 pause = self._settings.shortest_pause.total_seconds()
                 continue
@@ -227,6 +238,34 @@ class Relay:
             pause = min(pause * 2, self._settings.longest_pause.total_seconds())
         self._finish(at)
 
+    def _prove(self, at: _Connections, now: float) -> bool:
+        """Tell subscribers what was sent, and send again what they miss; True if there is more to do at once."""
+        try:
+            self._call_rolls(at)
+            if now < at.requests_at or not at.epochs:
+                return False
+            answered = at.replies.answer_one()
+        except BusError as error:
+            self._begin_again(at, error)
+            return False
+        if not answered:
+            at.requests_at = now + _LOOK_FOR_REQUESTS_EVERY
+        return answered
+
+    def _call_rolls(self, at: _Connections) -> None:
+        if at.rolls is None or not self._held():
+            return
+        confirmed = [group.confirmed for group in at.groups if not group.confirmed.late]
+        messages = at.rolls.messages(confirmed, at.epochs)
+        if not messages:
+            return
+        crash_point("relay.called")
+        try:
+            self._bus.send(messages).wait()
+        except BusError:
+            at.rolls.unsaid(messages)
+            raise
+
     def _do_chores(self, at: _Connections) -> None:
         # Lanes without events get a recent snapshot too: a takeover, or a drop, then has little to look through.
         at.unstored.update(at.epochs)
@@ -234,6 +273,8 @@ class Relay:
         if 0 in at.epochs:
             at.partitions.maintain()
             at.cursors.rotate()
+            if at.rolls is not None:
+                at.rolls.tidy(self._settings.retention)
 
     def _finish(self, at: _Connections) -> None:
         try:
@@ -283,9 +324,14 @@ class Relay:
             at.in_flight.popleft()
             self._refusals = 0
             sent.group.confirmed = sent.page.cursor
-            self.stats.confirmed += len(sent.page.events)
+            self._confirmed(at, len(sent.page.events))
             at.unstored.update(event.lane for event in sent.page.events)
             self._store(at, time.monotonic())
+
+    def _confirmed(self, at: _Connections, events: int) -> None:
+        self.stats.confirmed += events
+        if at.rolls is not None:
+            at.rolls.handed_over(events)
 
     def _store(self, at: _Connections, now: float) -> None:
         if not at.unstored or now - at.stored_at < _STORE_EVERY:
@@ -332,7 +378,10 @@ class Relay:
         at.in_flight.clear()
         at.unstored.clear()
         at.epochs = epochs
-        at.groups = [_Group(cursor, cursor) for cursor in at.cursors.load(epochs)] if epochs else []
+        cursors = at.cursors.load(epochs) if epochs else []
+        at.groups = [_Group(cursor, cursor) for cursor in cursors]
+        if at.rolls is not None:
+            at.rolls.load(cursors, epochs)
         log.info("reading lanes %s", sorted(epochs) or "none")
 
     def _merge(self, at: _Connections) -> None:
@@ -356,7 +405,7 @@ class Relay:
         if events:
             self._bus.send([_outgoing(event) for event in events]).wait()
             self.stats.sent += len(events)
-            self.stats.confirmed += len(events)
+            self._confirmed(at, len(events))
         at.groups = [_Group(merged, merged)]
         at.unstored.update(merged.his)
 
@@ -391,11 +440,18 @@ class Relay:
         )
 
     def _on(self, connection: psycopg.Connection[Any]) -> _Connections:
+        every = self._settings.rolls
         return _Connections(
             connection,
             LogReader(connection, self._schema, prepare=self._settings.prepare),
             CursorStore(connection, self._schema),
             Partitions(connection, self._schema, retention=self._settings.retention),
+            None
+            if every is None
+            else RollCaller(
+                connection, self._schema, every=every, standings=self._settings.standings
+            ),
+            Replies(connection, self._bus, self._schema),
         )
 
 

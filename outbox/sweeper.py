@@ -55,8 +55,11 @@ class Sweeper:
         settings: SweepSettings | None = None,
         chores: Callable[[], None] | None = None,
         bell: Bell | None = None,
+        look: Callable[[], None] | None = None,
     ) -> None:
         """*chores* are done at the start and every `chores_every`, in the same thread.
+
+        *look* is called at every round: for what is missed (`outbox.vigil`), and seldom does anything.
 
         *bell*, when rung, makes it look at once.
         """
@@ -66,6 +69,7 @@ class Sweeper:
         self._send = send
         self._settings = settings or SweepSettings()
         self._chores = chores
+        self._look = look
         self._chores_due_at = time.monotonic()
         self._unsent: Sequence[PendingDelivery] = ()
         self._pause = self._settings.shortest.total_seconds()
@@ -114,6 +118,7 @@ class Sweeper:
 
     def _round(self) -> float:
         self._do_chores()
+        self._look_after()
         if self.sweep():
             self._pause = self._settings.shortest.total_seconds()
             return 0.0
@@ -130,6 +135,14 @@ class Sweeper:
             self._chores()
         except Exception:
             log.exception("upkeep of the tables of %s failed", self._service)
+
+    def _look_after(self) -> None:
+        if self._look is None:
+            return
+        try:
+            self._look()
+        except Exception as error:
+            log.warning("looking for what %s misses failed: %s", self._service, error)
 
     def _claim(self) -> Sequence[PendingDelivery]:
         with Session(self._get_engine()) as session, session.begin():

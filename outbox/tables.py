@@ -27,6 +27,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import UserDefinedType
 
 from outbox.sql import DEFAULT_SCHEMA, checked_identifier
@@ -62,7 +63,9 @@ def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) 
     _bookkeeping(metadata, schema)
     _log(metadata, schema)
     _cursors_and_leases(metadata, schema)
+    _rolls(metadata, schema)
     _receiving(metadata, schema)
+    _missing(metadata, schema)
     _waiting_for_a_person(metadata, schema)
     return metadata
 
@@ -181,6 +184,108 @@ def _cursors_and_leases(metadata: MetaData, schema: str) -> None:
     )
 
 
+def _rolls(metadata: MetaData, schema: str) -> None:
+    own_table(
+        "outbox_log",
+        metadata,
+        Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
+        moment("made_at"),
+        schema=schema,
+    )
+    own_table(
+        "outbox_roll",
+        metadata,
+        Column("lane", SmallInteger, nullable=False),
+        Column("seq", BigInteger, nullable=False),
+        Column("hi", BigInteger, nullable=False),
+        Column("snapshot", PgSnapshot, nullable=False),
+        Column("types", JSONB, nullable=False),
+        moment("called_at"),
+        PrimaryKeyConstraint("lane", "seq"),
+        schema=schema,
+    )
+    own_table(
+        "outbox_worker",
+        metadata,
+        Column("service", Text, primary_key=True),
+        Column("queue", Text, nullable=False),
+        moment("noted_at"),
+        schema=schema,
+    )
+    own_table(
+        "replay_request",
+        metadata,
+        Column("id", BigInteger, Identity(always=True), primary_key=True),
+        Column("queue", Text, nullable=False),
+        Column("wanted", Text, nullable=False),
+        moment("asked_at"),
+        schema=schema,
+    )
+
+
+def _missing(metadata: MetaData, schema: str) -> None:
+    own_table(
+        "subscription",
+        metadata,
+        Column("handler", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("service", Text, nullable=False),
+        Column("queue", Text, nullable=False),
+        moment("since"),
+        Column("first_id", Uuid, nullable=False),
+        moment("ended_at", default=False, nullable=True),
+        PrimaryKeyConstraint("handler", "type"),
+        schema=schema,
+    )
+    own_table(
+        "roll_seen",
+        metadata,
+        Column("service", Text, nullable=False),
+        Column("log", Uuid, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("lane", SmallInteger, nullable=False),
+        Column("seq", BigInteger, nullable=False),
+        Column("ask", Text),
+        moment("seen_at"),
+        PrimaryKeyConstraint("service", "log", "type", "lane"),
+        schema=schema,
+    )
+    own_table(
+        "awaited",
+        metadata,
+        Column("handler", Text, nullable=False),
+        Column("event_id", Uuid, nullable=False),
+        Column("service", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("log", Uuid, nullable=False),
+        Column("lane", SmallInteger, nullable=False),
+        Column("position", BigInteger, nullable=False),
+        moment("noticed_at"),
+        moment("next_ask_at", default=False),
+        Column("asks", Integer, nullable=False, server_default=text("0")),
+        moment("gone_at", default=False, nullable=True),
+        PrimaryKeyConstraint("handler", "event_id"),
+        Index("awaited_due", "service", "next_ask_at"),
+        schema=schema,
+    )
+    own_table(
+        "missed_roll",
+        metadata,
+        Column("service", Text, nullable=False),
+        Column("log", Uuid, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("lane", SmallInteger, nullable=False),
+        Column("to_seq", BigInteger, nullable=False),
+        Column("from_seq", BigInteger, nullable=False),
+        Column("position", BigInteger, nullable=False, server_default=text("0")),
+        moment("noticed_at"),
+        moment("next_ask_at", default=False),
+        Column("asks", Integer, nullable=False, server_default=text("0")),
+        PrimaryKeyConstraint("service", "log", "type", "lane", "to_seq"),
+        schema=schema,
+    )
+
+
 def _receiving(metadata: MetaData, schema: str) -> None:
     own_table(
         "inbox",
@@ -265,6 +370,7 @@ def _waiting_for_a_person(metadata: MetaData, schema: str) -> None:
         Column("id", BigInteger, Identity(always=True), primary_key=True),
         Column("service", Text, nullable=False),
         Column("digest", LargeBinary, nullable=False),
+        Column("event_id", Uuid),
         Column("reason", Text, nullable=False),
         Column("headers", Text, nullable=False),
         Column("key_seq", BigInteger),
@@ -273,5 +379,6 @@ def _waiting_for_a_person(metadata: MetaData, schema: str) -> None:
         moment("first_seen"),
         moment("last_seen"),
         UniqueConstraint("service", "digest"),
+        Index("quarantine_event", "event_id", postgresql_where=text("event_id IS NOT NULL")),
         schema=schema,
     )

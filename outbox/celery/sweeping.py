@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import bootsteps
 from sqlalchemy.exc import DBAPIError
@@ -16,14 +16,19 @@ from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
 from outbox.celery.engines import ForkSafeEngine
 from outbox.celery.installation import installed
+from outbox.ids import new_id
 from outbox.pending import PendingDelivery
 from outbox.service import Service
 from outbox.sweeper import Sweeper
+from outbox.vigil import Vigil
 
 if TYPE_CHECKING:
     from celery import Celery
 
 log = logging.getLogger(__name__)
+
+ASK: Final = "outbox.ask"
+"""Stands for the type of a message in which a subscriber asks for what it misses."""
 
 
 class OwnQueue:
@@ -44,6 +49,15 @@ class OwnQueue:
             self.close()
             raise
 
+    def send_to(self, queue: str, body: bytes) -> None:
+        """Send one message between relays and workers to any queue. Raises if the broker did not take it."""
+        try:
+            message = OutgoingMessage(new_id(), ASK, None, body, 0, 0, queue=queue)
+            self._publish_message(self._producer or self._connect(), message)
+        except Exception:
+            self.close()
+            raise
+
     def close(self) -> None:
         if self._producer is not None:
             connection, self._producer = self._producer.connection, None
@@ -60,23 +74,26 @@ class OwnQueue:
         return self._producer
 
     def _publish(self, producer: Any, owed: PendingDelivery) -> None:
-        message = celery_message(
-            OutgoingMessage(
-                event_id=owed.event_id,
-                type=owed.type,
-                key=owed.key,
-                body=owed.body,
-                lane=0,
-                position=0,
-                key_seq=owed.key_seq,
-                queue=self._queue,
-                handler=owed.handler,
-            )
+        message = OutgoingMessage(
+            event_id=owed.event_id,
+            type=owed.type,
+            key=owed.key,
+            body=owed.body,
+            lane=0,
+            position=0,
+            key_seq=owed.key_seq,
+            queue=self._queue,
+            handler=owed.handler,
         )
+        self._publish_message(producer, message)
+
+    @staticmethod
+    def _publish_message(producer: Any, outgoing: OutgoingMessage) -> None:
+        message = celery_message(outgoing)
         producer.publish(
             message.body,
             exchange="",
-            routing_key=self._queue,
+            routing_key=outgoing.queue,
             headers=message.headers,
             content_type=message.content_type,
             content_encoding=message.content_encoding,
@@ -114,6 +131,12 @@ class SweeperStep(bootsteps.StartStopStep):
             settings=installation.sweep,
             chores=partial(_keep_up, engine, service, window),
             bell=installation.bell,
+            look=Vigil(
+                service,
+                engine,
+                self._queue.send_to,
+                patience=installation.settings.missed_after,
+            ).look,
         )
         self._sweeper.start()
 

@@ -82,6 +82,43 @@ UP: Final = (
         adopted_at        timestamptz NOT NULL DEFAULT clock_timestamp()
     )
     """,
+    # --- the rolls: which events of a lane were handed to the broker, named between two readings
+    # (outbox/rolls.py). The log's id tells subscribers whose events these are.
+    """
+    CREATE TABLE {schema}.outbox_log (
+        id          uuid        NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY,
+        made_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
+    "INSERT INTO {schema}.outbox_log DEFAULT VALUES",
+    """
+    CREATE TABLE {schema}.outbox_roll (
+        lane        smallint    NOT NULL,
+        seq         bigint      NOT NULL,
+        hi          bigint      NOT NULL,
+        snapshot    pg_snapshot NOT NULL,
+        types       jsonb       NOT NULL,
+        called_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (lane, seq)
+    )
+    """,
+    # Where the workers of a service with this log listen: subscribers send there what they miss.
+    """
+    CREATE TABLE {schema}.outbox_worker (
+        service     text        NOT NULL PRIMARY KEY,
+        queue       text        NOT NULL,
+        noted_at    timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
+    # What a subscriber misses, until a relay has sent it.
+    """
+    CREATE TABLE {schema}.replay_request (
+        id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        queue       text        NOT NULL,
+        wanted      text        NOT NULL,
+        asked_at    timestamptz NOT NULL DEFAULT clock_timestamp()
+    )
+    """,
     # The counter of an ordered key: its row lock is what makes positions of a key follow its
     # commits.
     """
@@ -145,6 +182,67 @@ UP: Final = (
         PRIMARY KEY (handler, source, type, key)
     )
     """,
+    # --- what this database's services subscribe to, since when, and what they miss of it
+    # (outbox/roll_call.py). `first_id` is the least event id of that time.
+    """
+    CREATE TABLE {schema}.subscription (
+        handler     text        NOT NULL,
+        type        text        NOT NULL,
+        service     text        NOT NULL,
+        queue       text        NOT NULL,
+        since       timestamptz NOT NULL DEFAULT clock_timestamp(),
+        first_id    uuid        NOT NULL,
+        ended_at    timestamptz,
+        PRIMARY KEY (handler, type)
+    )
+    """,
+    # The last roll of a type that was taken.
+    """
+    CREATE TABLE {schema}.roll_seen (
+        service     text        NOT NULL,
+        log         uuid        NOT NULL,
+        type        text        NOT NULL,
+        lane        smallint    NOT NULL,
+        seq         bigint      NOT NULL,
+        ask         text,
+        seen_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+        PRIMARY KEY (service, log, type, lane)
+    )
+    """,
+    # Events that a roll named and that are not here: normally for moments, then they are holes.
+    """
+    CREATE TABLE {schema}.awaited (
+        handler     text        NOT NULL,
+        event_id    uuid        NOT NULL,
+        service     text        NOT NULL,
+        type        text        NOT NULL,
+        log         uuid        NOT NULL,
+        lane        smallint    NOT NULL,
+        position    bigint      NOT NULL,
+        noticed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        next_ask_at timestamptz NOT NULL,
+        asks        integer     NOT NULL DEFAULT 0,
+        gone_at     timestamptz,
+        PRIMARY KEY (handler, event_id)
+    )
+    """,
+    "CREATE INDEX awaited_due ON {schema}.awaited (service, next_ask_at)",
+    # Rolls that a later one named and that did not come.
+    """
+    CREATE TABLE {schema}.missed_roll (
+        service     text        NOT NULL,
+        log         uuid        NOT NULL,
+        type        text        NOT NULL,
+        lane        smallint    NOT NULL,
+        to_seq      bigint      NOT NULL,
+        from_seq    bigint      NOT NULL,
+        position    bigint      NOT NULL DEFAULT 0,
+        noticed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+        next_ask_at timestamptz NOT NULL,
+        asks        integer     NOT NULL DEFAULT 0,
+        PRIMARY KEY (service, log, type, lane, to_seq)
+    )
+    """,
     # --- what waits for a person
     """
     CREATE TABLE {schema}.dead_letter (
@@ -168,6 +266,7 @@ UP: Final = (
         id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         service     text        NOT NULL,
         digest      bytea       NOT NULL,
+        event_id    uuid,
         reason      text        NOT NULL,
         headers     text        NOT NULL,
         key_seq     bigint,
@@ -178,11 +277,14 @@ UP: Final = (
         UNIQUE (service, digest)
     )
     """,
+    "CREATE INDEX quarantine_event ON {schema}.quarantine (event_id) WHERE event_id IS NOT NULL",
 )
 
 DOWN: Final = (
     "DROP TABLE {schema}.quarantine, {schema}.dead_letter, {schema}.pending_delivery, "
     "{schema}.inbox_order, {schema}.inbox, {schema}.outbox_key, {schema}.outbox_cluster, {schema}.outbox_heartbeat, "
-    "{schema}.outbox_lease, {schema}.outbox_cursor, {schema}.outbox_event",
+    "{schema}.outbox_lease, {schema}.outbox_cursor, {schema}.outbox_event, {schema}.outbox_log, {schema}.outbox_roll, "
+    "{schema}.outbox_worker, {schema}.replay_request, {schema}.subscription, {schema}.roll_seen, {schema}.awaited, "
+    "{schema}.missed_roll",
     "DROP SEQUENCE {schema}.outbox_event_position",
 )

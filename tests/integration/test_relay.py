@@ -31,6 +31,7 @@ from outbox.lanes import Leases
 from outbox.partitions import Partitions
 from outbox.reader import Cursor, Snapshot
 from outbox.relay import Relay, RelaySettings
+from outbox.rolls import is_control
 
 registry = Registry()
 
@@ -56,7 +57,8 @@ class MemoryBus:
         if self.refuses:
             self.refuses -= 1
             raise BusError("not now")
-        return _Batch(self, [decode(message.body).data["number"] for message in batch])
+        events = [message.body for message in batch if not is_control(message.body)]
+        return _Batch(self, [decode(event).data["number"] for event in events])
 
     def keep_alive(self) -> None: ...
 

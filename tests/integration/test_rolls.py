@@ -1,0 +1,386 @@
+"""Rolls: whatever is lost on its way is missed, asked for and sent again, by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+
+import outbox
+from outbox import dead_letters, subscriptions
+from outbox.buses.base import OutgoingMessage
+from outbox.buses.topology import Topology
+from outbox.envelope import decode
+from outbox.events import Registry
+from outbox.receive import Receiver, ReceiveSettings
+from outbox.relay import Relay, RelaySettings
+from outbox.rolls import Roll, is_control
+from outbox.rolls import decode as decode_control
+from outbox.service import RetryPolicy, Service
+from outbox.vigil import Vigil
+from tests.workers import eventually
+
+SOON = timedelta(milliseconds=100)
+registry = Registry()
+
+
+@registry.event("thing.made", key="key")
+@dataclass
+class Made:
+    number: int
+    key: int
+
+
+@registry.event("thing.sold", key="key")
+@dataclass
+class Sold:
+    number: int
+    key: int
+
+
+def nothing(_: OutgoingMessage) -> bool:
+    return False
+
+
+def is_roll(message: OutgoingMessage) -> bool:
+    return is_control(message.body)
+
+
+def number_of(message: OutgoingMessage) -> int | None:
+    return None if is_roll(message) else decode(message.body).data["number"]
+
+
+@dataclass
+class Wire:
+    """A broker that gives each message to the subscriber when it confirms it, unless it is to be lost."""
+
+    hand_over: Callable[[OutgoingMessage], None]
+    loses: Callable[[OutgoingMessage], bool] = nothing
+    sent: list[OutgoingMessage] = field(default_factory=list)
+    lost: list[OutgoingMessage] = field(default_factory=list)
+    unrouted: dict[str, int] = field(default_factory=dict)
+
+    def declare(self, topology: Topology) -> None: ...
+
+    def send(self, batch: Sequence[OutgoingMessage]) -> _Handed:
+        return _Handed(self, batch)
+
+    def keep_alive(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Handed:
+    wire: Wire
+    batch: Sequence[OutgoingMessage]
+
+    def wait(self) -> None:
+        batch, self.batch = self.batch, ()
+        for message in batch:
+            self.wire.sent.append(message)
+            if self.wire.loses(message):
+                self.wire.lost.append(message)
+            else:
+                self.wire.hand_over(message)
+
+
+class Pair:
+    """A source with a relay and a subscriber, each with a database of its own."""
+
+    def __init__(self, source: Engine, subscriber: Engine) -> None:
+        self.source_engine, self.engine = source, subscriber
+        self.source = Service("things", registry=registry)
+        self.subscriber = Service(
+            "stock", registry=registry, retry=RetryPolicy(1, timedelta(0), timedelta(0))
+        )
+        settings = ReceiveSettings(missed_after=SOON)
+        self.subscriber.on(Made, Sold, name="stock.count")(self._count)
+        self.fails_on: set[int] = set()
+        self.receiver = Receiver(self.subscriber, subscriber, settings)
+        self.source_receiver = Receiver(self.source, source, settings)
+        self.vigil = Vigil(self.subscriber, subscriber, self._ask, patience=SOON)
+        self.wire = Wire(self._hand_over)
+        self.asks = 0
+        self.run("CREATE TABLE effect (number int)")
+        self.note()
+
+    def note(self) -> None:
+        """As their workers do when they start."""
+        for engine, service in (self.engine, self.subscriber), (self.source_engine, self.source):
+            with Session(engine) as session, session.begin():
+                subscriptions.note(session, service)
+
+    def _count(self, event: Any, session: Session) -> None:
+        if event.number in self.fails_on:
+            raise ValueError("cannot be counted")
+        session.execute(text("INSERT INTO effect VALUES (:number)"), {"number": event.number})
+
+    def _hand_over(self, message: OutgoingMessage) -> None:
+        if message.queue in (None, self.subscriber.queue):
+            self.receiver.receive(message.body, key_seq=message.key_seq)
+
+    def _ask(self, queue: str, body: bytes) -> None:
+        assert queue == self.source.queue
+        self.asks += 1
+        self.source_receiver.receive(body)
+
+    def publish(self, *numbers: int, cls: type = Made) -> None:
+        with Session(self.source_engine) as session, session.begin():
+            outbox.publish_all(
+                session, [cls(number, number % 7) for number in numbers], registry=registry
+            )
+
+    @contextmanager
+    def relaying(self, **settings: Any) -> Iterator[None]:
+        options = {"rolls": SOON, "standings": (SOON,), **settings}
+        relay = Relay(self.source_engine.url, self.wire, settings=RelaySettings(**options))
+        thread = threading.Thread(target=relay.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            relay.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+
+    @property
+    def effects(self) -> list[int]:
+        return sorted(row.number for row in self.rows("SELECT number FROM effect"))
+
+    @property
+    def holes(self) -> list[Any]:
+        return self.rows("SELECT * FROM outbox.awaited")
+
+    def rows(self, sql: str, engine: Engine | None = None) -> list[Any]:
+        with (engine or self.engine).connect() as connection:
+            return list(connection.execute(text(sql)))
+
+    def run(self, sql: str, engine: Engine | None = None) -> None:
+        with (engine or self.engine).begin() as connection:
+            connection.execute(text(sql))
+
+    def until_whole(self, *numbers: int) -> None:
+        """Every effect once, and nothing missed any more."""
+
+        def whole() -> bool:
+            self.vigil.look()
+            return self.effects == sorted(numbers) and not self.holes
+
+        eventually(whole, 30, lambda: (self.effects, self.holes, self.wire.lost))
+
+    def until_taken(self, count: int) -> None:
+        """Until rolls have named that many events to the subscriber."""
+
+        def named() -> int:
+            rolls = [
+                decode_control(one.body)
+                for one in self.wire.sent
+                if is_roll(one) and one not in self.wire.lost
+            ]
+            return len({n.event_id for r in rolls if isinstance(r, Roll) for n in r.named()})
+
+        eventually(lambda: named() >= count, 20, lambda: (named(), self.wire.sent))
+
+
+@pytest.fixture
+def pair(make_migrated_database: Callable[[], str], make_engine: Callable[..., Engine]) -> Pair:
+    return Pair(make_engine(make_migrated_database()), make_engine(make_migrated_database()))
+
+
+class Once:
+    """Loses what is picked, but only the first time it is sent."""
+
+    def __init__(self, picks: Callable[[OutgoingMessage], bool]) -> None:
+        self._picks = picks
+        self._had: set[Any] = set()
+
+    def __call__(self, message: OutgoingMessage) -> bool:
+        if message.event_id in self._had or not self._picks(message):
+            return False
+        self._had.add(message.event_id)
+        return True
+
+
+def test_lost_events_are_missed_and_sent_again(pair: Pair) -> None:
+    pair.wire.loses = Once(lambda message: number_of(message) in {3, 4, 19})
+    with pair.relaying():
+        pair.publish(*range(20))
+        pair.until_whole(*range(20))
+    assert pair.asks
+
+
+def test_what_was_not_lost_is_not_asked_for(pair: Pair) -> None:
+    with pair.relaying():
+        pair.publish(*range(30))
+        pair.publish(*range(30, 60), cls=Sold)
+        pair.until_whole(*range(60))
+        pair.until_taken(60)
+        pair.vigil.look()
+    assert not pair.holes
+    assert pair.asks == 0
+
+
+def test_the_only_event_of_its_type_is_missed_too(pair: Pair) -> None:
+    pair.wire.loses = Once(lambda message: message.type == "thing.sold" and not is_roll(message))
+    with pair.relaying():
+        pair.publish(1, cls=Sold)
+        pair.until_whole(1)
+
+
+def test_a_lost_roll_is_missed_by_the_next_one_and_made_again(pair: Pair) -> None:
+    with pair.relaying():
+        pair.publish(*range(5))
+        pair.until_taken(5)
+        pair.wire.loses = lambda _: True
+        pair.publish(*range(5, 15))
+        eventually(lambda: any(is_roll(one) for one in pair.wire.lost), 20)
+        pair.wire.loses = nothing
+        pair.publish(*range(15, 40))
+        pair.until_whole(*range(40))
+
+
+def test_a_lost_roll_is_missed_when_nothing_comes_after_it(pair: Pair) -> None:
+    """Only the lane's standing, which is repeated, can say so then."""
+    pair.wire.loses = lambda _: True
+    with pair.relaying():
+        pair.publish(*range(10))
+        eventually(lambda: sum(map(is_roll, pair.wire.lost)) >= 4, 20)
+        pair.wire.loses = nothing
+        pair.until_whole(*range(10))
+
+
+def test_a_page_of_a_roll_made_again_can_be_lost(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a roll made again takes as many pages as it needs."""
+    monkeypatch.setattr("outbox.replies.MOST", 3)
+    pages: list[OutgoingMessage] = []
+
+    def loses(message: OutgoingMessage) -> bool:
+        if not is_roll(message) or message.queue is None:
+            return False
+        pages.append(message)
+        return len(pages) % 3 == 1
+
+    pair.wire.loses = lambda _: True
+    with pair.relaying():
+        pair.publish(*(7 * number for number in range(10)))
+        eventually(lambda: sum(map(is_roll, pair.wire.lost)) >= 2, 20)
+        pair.wire.loses = loses
+        pair.until_whole(*(7 * number for number in range(10)))
+    assert len(pages) > 4
+
+
+def test_more_than_fits_into_messages_is_asked_for_by_pages(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.roll_caller._MOST_AT_ONCE", 5)
+    pair.wire.loses = Once(lambda message: number_of(message) in {3, 4, 19})
+    with pair.relaying():
+        pair.publish(*range(20))
+        pair.until_whole(*range(20))
+
+
+def test_what_a_relay_had_sent_when_it_died_is_named_by_the_next(pair: Pair) -> None:
+    pair.wire.loses = Once(lambda message: number_of(message) == 2)
+    with pair.relaying(rolls=timedelta(hours=1)):
+        pair.publish(*range(5))
+        eventually(lambda: len(pair.effects) == 4)
+    with pair.relaying():
+        pair.until_whole(*range(5))
+
+
+def test_a_late_commit_is_named_like_any_other(pair: Pair) -> None:
+    """Its position lies below events that were named long before."""
+    pair.wire.loses = Once(lambda message: number_of(message) == 0)
+    slow = Session(pair.source_engine)
+    slow.begin()
+    savepoint = slow.begin_nested()
+    outbox.publish(slow, Made(0, 0), registry=registry)
+    savepoint.commit()
+    with pair.relaying():
+        pair.publish(*range(1, 20))
+        pair.until_taken(19)
+        slow.commit()
+        slow.close()
+        pair.until_whole(*range(20))
+
+
+def test_events_sent_again_in_another_order_make_no_hole(pair: Pair) -> None:
+    with pair.relaying():
+        pair.publish(*range(20))
+        pair.until_taken(20)
+    pair.run("DELETE FROM outbox.outbox_cursor", pair.source_engine)
+    with pair.relaying():
+        pair.publish(*range(20, 25))
+        pair.until_whole(*range(25))
+        pair.until_taken(25)
+        pair.vigil.look()
+    assert pair.asks == 0
+
+
+def test_what_was_published_before_the_subscription_is_not_missed(pair: Pair) -> None:
+    pair.run("DELETE FROM outbox.subscription")
+    pair.wire.loses = lambda _: True
+    with pair.relaying():
+        pair.publish(*range(10))
+        eventually(lambda: sum(map(is_roll, pair.wire.lost)) >= 2, 20)
+        pair.note()
+        pair.wire.loses = nothing
+        pair.publish(*range(10, 20))
+        pair.until_whole(*range(10, 20))
+        pair.until_taken(10)
+        pair.vigil.look()
+    assert pair.asks == 0
+
+
+def test_an_event_that_is_parked_or_waits_for_a_person_is_not_asked_for(pair: Pair) -> None:
+    pair.fails_on = {2}
+    with pair.relaying():
+        pair.publish(1, 2, 3)
+        pair.until_whole(1, 3)
+        pair.until_taken(3)
+        pair.vigil.look()
+    assert [row.type for row in pair.rows("SELECT type FROM outbox.dead_letter")] == ["thing.made"]
+    assert not pair.holes
+    assert pair.asks == 0
+
+
+def test_a_discarded_event_is_not_run_when_a_copy_comes(pair: Pair) -> None:
+    pair.fails_on = {2}
+    with pair.relaying():
+        pair.publish(2)
+        eventually(lambda: pair.rows("SELECT FROM outbox.dead_letter"))
+    with Session(pair.engine) as session, session.begin():
+        assert dead_letters.discard(session, dead_letters.Matching(), "not needed") == 1
+    pair.fails_on = set()
+    (event,) = [one for one in pair.wire.sent if not is_roll(one)]
+    pair.receiver.receive(event.body)
+    assert pair.effects == []
+
+
+def test_an_event_that_the_log_has_no_more_is_said_to_be_gone(pair: Pair) -> None:
+    pair.wire.loses = lambda message: number_of(message) == 1
+    with pair.relaying():
+        pair.publish(1, 2)
+        pair.until_taken(2)
+        (lost,) = pair.wire.lost
+        pair.run(
+            f"DELETE FROM outbox.outbox_event WHERE position = {lost.position}",
+            pair.source_engine,
+        )
+
+        def is_gone() -> bool:
+            pair.vigil.look()
+            return bool(pair.holes) and pair.holes[0].gone_at is not None
+
+        eventually(is_gone, 20, lambda: pair.holes)
+    assert [hole.event_id for hole in pair.holes] == [lost.event_id]
