@@ -41,6 +41,16 @@ _RESTART_CURSORS: Final = f"""
 INSERT INTO {{schema}}.outbox_cursor (slot, lane, epoch, seq, hi, snapshot)
 SELECT 0, lane, epoch, seq + 1, hi, pg_current_snapshot() FROM ({_NEWEST_CURSORS}) AS newest
 """  # noqa: S608
+# The snapshots of rolls mean as little. What older ones named is asked for from the beginning of the log.
+_RESTART_ROLLS: Final = """
+WITH newest AS (
+    SELECT DISTINCT ON (lane) lane, seq, hi, types FROM {schema}.outbox_roll ORDER BY lane, seq DESC
+), forgotten AS (
+    DELETE FROM {schema}.outbox_roll
+)
+INSERT INTO {schema}.outbox_roll (lane, seq, hi, snapshot, types)
+SELECT lane, seq + 1, hi, pg_current_snapshot(), types FROM newest
+"""
 
 
 def check_cluster(connection: psycopg.Connection[Any], schema: str = DEFAULT_SCHEMA) -> None:
@@ -66,7 +76,7 @@ def adopt(connection: psycopg.Connection[Any], schema: str = DEFAULT_SCHEMA) -> 
         connection.execute(
             in_schema("LOCK TABLE {schema}.outbox_event IN EXCLUSIVE MODE", schema).encode()
         )
-        for statement in (_COPY_STRAGGLERS, _FORGET_XIDS, _RESTART_CURSORS):
+        for statement in (_COPY_STRAGGLERS, _FORGET_XIDS, _RESTART_CURSORS, _RESTART_ROLLS):
             connection.execute(in_schema(statement, schema).encode())
         here = connection.execute(_HERE).fetchone()
         connection.execute(in_schema("DELETE FROM {schema}.outbox_cluster", schema).encode())

@@ -73,6 +73,15 @@ SELECT service, count(*) AS messages, clock_timestamp() - max(last_seen) AS newe
 FROM {schema}.quarantine GROUP BY service ORDER BY service
 """
 
+# An event that is awaited, but not long enough to be asked for, is no hole: it is on its way.
+_MISSING: Final = """
+SELECT service, type, count(*) FILTER (WHERE gone_at IS NULL) AS holes,
+       count(*) FILTER (WHERE gone_at IS NOT NULL) AS gone,
+       clock_timestamp() - min(noticed_at) AS oldest,
+       (array_agg(event_id ORDER BY noticed_at))[1] AS first
+FROM {schema}.awaited WHERE asks > 0 GROUP BY service, type ORDER BY service, type
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Lane:
@@ -124,6 +133,21 @@ class Unread:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """Events of one type that their source sent and that one service was not given."""
+
+    service: str
+    type: str
+    holes: int
+    """They are asked for."""
+    gone: int
+    """The source has dropped them from its log."""
+    oldest: timedelta
+    first: UUID
+    """The id of one that has been missed for longest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """How things stand in one schema."""
 
@@ -131,6 +155,7 @@ class Standing:
     pending: Sequence[Owed]
     dead: Sequence[Dead]
     quarantined: Sequence[Unread]
+    missing: Sequence[Missing] = ()
 
     @property
     def waiting(self) -> int:
@@ -173,6 +198,18 @@ class Standing:
         if self.quarantined:
             messages = sum(each.messages for each in self.quarantined)
             yield f"{plural(messages, 'message')} in quarantine: see `outbox quarantine list`"
+        holes = sum(each.holes for each in self.missing if each.oldest > patience)
+        if holes:
+            yield (
+                f"{plural(holes, 'event')} never came, though asked for: does a worker of the source run, and its "
+                "relay? `outbox audit --repair` has them sent again"
+            )
+        gone = sum(each.gone for each in self.missing)
+        if gone:
+            yield (
+                f"{plural(gone, 'event')} never came and the source has dropped them from its log: bring the data over "
+                "by hand, then `outbox holes forget`"
+            )
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
@@ -203,4 +240,5 @@ def read_standing(connection: Connection, schema: str = DEFAULT_SCHEMA) -> Stand
         pending=[Owed(*row) for row in rows(_PENDING)],
         dead=[Dead(*row) for row in rows(_DEAD)],
         quarantined=[Unread(*row) for row in rows(_QUARANTINED)],
+        missing=[Missing(*row) for row in rows(_MISSING)],
     )

@@ -19,6 +19,9 @@ _COMMANDS: Final = {
     "consume": Lazy("outbox.cli.consume", "Handle a service's events from Kafka."),
     "status": Lazy("outbox.cli.status", "Show what waits: events, deliveries, dead letters."),
     "doctor": Lazy("outbox.cli.doctor", "Check everything that could quietly break a promise."),
+    "replay": Lazy("outbox.cli.replay", "Send retained events once more to one service."),
+    "holes": Lazy("outbox.cli.holes", "Events that a source sent and that never came."),
+    "audit": Lazy("outbox.cli.audit", "Compare what was published with what each service has."),
     "dead": Lazy("outbox.cli.dead", "Deliveries that a handler failed for good."),
     "quarantine": Lazy("outbox.cli.quarantine", "Messages that no handler could be given."),
     "adopt-cluster": Lazy(

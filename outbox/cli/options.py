@@ -30,6 +30,13 @@ def _url_or_file(
         raise click.BadParameter(f"cannot read {given[1:]!r}: {error.strerror}") from error
 
 
+def urls_or_files(
+    context: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Several URLs, each of which may be `@FILE`."""
+    return tuple(_url_or_file(context, option, one) or "" for one in given)
+
+
 def _schema(_context: click.Context, _option: click.Parameter, given: str) -> str:
     try:
         return checked_identifier(given)

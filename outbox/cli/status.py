@@ -51,6 +51,7 @@ def _document(standing: Standing, problems: list[str]) -> dict[str, Any]:
         "pending": standing.pending,
         "dead": standing.dead,
         "quarantined": standing.quarantined,
+        "missing": standing.missing,
     }
 
 
@@ -98,6 +99,15 @@ def _print(standing: Standing, problems: list[str]) -> None:
             ["service", "messages", "newest"],
             [[each.service, each.messages, each.newest] for each in standing.quarantined],
             title="Quarantine",
+        )
+    if standing.missing:
+        print_table(
+            ["service", "type", "asked for", "gone", "oldest", "first event"],
+            [
+                [each.service, each.type, each.holes, each.gone, each.oldest, each.first]
+                for each in standing.missing
+            ],
+            title="Sent by their source, never here",
         )
 
 
