@@ -40,6 +40,8 @@ class SweepSettings:
     """How long until what was sent, and not heard of since, is sent again; doubles each time."""
     resend_cap: timedelta = timedelta(hours=1)
     chores_every: timedelta = timedelta(hours=1)
+    declare_every: timedelta = timedelta(seconds=30)
+    """How often the queue and its bindings are made again, should the broker have lost them."""
 
 
 class Sweeper:

@@ -11,6 +11,8 @@ import json
 import uuid
 from typing import Any
 
+from outbox.crash_points import crash_point
+
 
 def readable(item: bytes | str, queue: str) -> bytes | str:
     """*item*, if kombu can read it, else a kombu message with *item* as its body."""
@@ -69,6 +71,8 @@ def reading_anything(channel: type[Any]) -> type[Any]:
             def parse_response(connection: Any, command_name: str, **options: Any) -> Any:
                 reply = parse(connection, command_name, **options)
                 if command_name == "BRPOP" and reply:
+                    # Gone from the list, and not yet among the unacknowledged.
+                    crash_point("redis.popped")
                     key, item = reply
                     queue = key.decode() if isinstance(key, bytes) else key
                     return key, readable(item, queue.rsplit(self.sep, 1)[0])

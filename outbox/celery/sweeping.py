@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -58,6 +59,14 @@ class OwnQueue:
             self.close()
             raise
 
+    def declare(self, queue: Any) -> None:
+        """Make the service's queue and its bindings, where the broker has lost them. Raises if it cannot."""
+        try:
+            queue((self._producer or self._connect()).channel).declare()
+        except Exception:
+            self.close()
+            raise
+
     def close(self) -> None:
         if self._producer is not None:
             connection, self._producer = self._producer.connection, None
@@ -104,6 +113,23 @@ class OwnQueue:
         )
 
 
+class _Look:
+    """What the sweeper looks after beside what is due."""
+
+    def __init__(self, vigil: Vigil, declare: Callable[[], None], every: timedelta) -> None:
+        self._vigil = vigil
+        self._declare = declare
+        self._every = every.total_seconds()
+        self._declare_at = time.monotonic() + self._every
+
+    def __call__(self) -> None:
+        self._vigil.look()
+        now = time.monotonic()
+        if now >= self._declare_at:
+            self._declare_at = now + self._every
+            self._declare()
+
+
 class SweeperStep(bootsteps.StartStopStep):
     """Runs the sweeper in the worker's main process, from when its pool has started."""
 
@@ -131,12 +157,16 @@ class SweeperStep(bootsteps.StartStopStep):
             settings=installation.sweep,
             chores=partial(_keep_up, engine, service, window),
             bell=installation.bell,
-            look=Vigil(
-                service,
-                engine,
-                self._queue.send_to,
-                patience=installation.settings.missed_after,
-            ).look,
+            look=_Look(
+                Vigil(
+                    service,
+                    engine,
+                    self._queue.send_to,
+                    patience=installation.settings.missed_after,
+                ),
+                partial(self._queue.declare, installation.queue),
+                installation.sweep.declare_every,
+            ),
         )
         self._sweeper.start()
 

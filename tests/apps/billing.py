@@ -63,9 +63,14 @@ setup(
     queue_type="classic" if os.environ.get("BILLING_QUEUE") == "classic" else "quorum",
     settings=ReceiveSettings(
         patience=timedelta(seconds=float(os.environ.get("BILLING_PATIENCE", "10"))),
+        missed_after=timedelta(seconds=float(os.environ.get("BILLING_MISSED_AFTER", "15"))),
         transaction=TransactionLimits(lock=timedelta(seconds=2), lease=timedelta(seconds=1)),
     ),
-    sweep=SweepSettings(longest=timedelta(milliseconds=200), resend_after=timedelta(seconds=1)),
+    sweep=SweepSettings(
+        longest=timedelta(milliseconds=200),
+        resend_after=timedelta(seconds=1),
+        declare_every=timedelta(seconds=1),
+    ),
 )
 
 
