@@ -17,7 +17,8 @@ from outbox.statements import statement
 log = logging.getLogger(__name__)
 
 _LIST: Final = """
-SELECT handler, event_id, service, type, log, lane, position, noticed_at, asks, next_ask_at, gone_at
+SELECT handler, event_id, service, type, log, lane, position, noticed_at, asks,
+    CASE WHEN gone_at IS NULL THEN next_ask_at END AS next_ask_at, gone_at
 FROM {schema}.awaited
 WHERE asks > 0 AND (CAST(:service AS text) IS NULL OR service = :service)
 ORDER BY noticed_at, event_id LIMIT :limit
@@ -43,7 +44,8 @@ class Hole:
     position: int
     noticed_at: datetime
     asks: int
-    next_ask_at: datetime
+    next_ask_at: datetime | None
+    """None: nobody has it any more."""
     gone_at: datetime | None
     """When the source said that its log has it no more."""
 

@@ -86,7 +86,7 @@ INSERT INTO {schema}.replay_request (queue, wanted) SELECT :queue, :wanted FROM 
 RETURNING id
 """
 _GONE: Final = """
-UPDATE {schema}.awaited SET gone_at = clock_timestamp()
+UPDATE {schema}.awaited SET gone_at = clock_timestamp(), next_ask_at = clock_timestamp() + interval '100 years'
 WHERE service = :service AND log = :log AND event_id = ANY(CAST(:events AS uuid[])) AND gone_at IS NULL
 RETURNING handler, type, event_id
 """

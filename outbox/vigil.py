@@ -3,6 +3,10 @@
 A part of the sweeper's thread; several workers share the rows by skipping each other's. Asking is safe at any time:
 what comes twice the inbox drops. A request is no event and goes through no outbox, as it is repeated for as long as
 something is missed, and as a service that only listens has no relay.
+
+Of each source no more is asked for at a time than a worker handles within its patience: what was sent again waits in
+the queue like any event, and what waits there for longer would be asked for, and sent, again and again. For the same
+reason nothing is asked for a second time while what that source sent again is still coming in.
 """
 
 from __future__ import annotations
@@ -33,19 +37,32 @@ SendTo = Callable[[str, bytes], None]
 _LOOK_EVERY: Final = 2.0
 _NOTE_EVERY: Final = 600.0
 _AT_ONCE: Final = 5_000
+_UNDER_WAY: Final = 2_000
+"""Events that may be asked for, and not here yet, of one source. One that was asked for three times counts no more."""
 _LONGEST_WAIT: Final = timedelta(hours=1)
 
 _FORGET_WHAT_CAME: Final = f"""
-WITH due AS MATERIALIZED (
+WITH overdue AS MATERIALIZED (
     SELECT handler, event_id FROM {{schema}}.awaited
     WHERE service = :service AND next_ask_at <= clock_timestamp()
     ORDER BY next_ask_at LIMIT :limit FOR UPDATE SKIP LOCKED
+), under_way AS MATERIALIZED (
+    SELECT handler, event_id FROM {{schema}}.awaited
+    WHERE service = :service AND next_ask_at > clock_timestamp() AND asks BETWEEN 1 AND 3
+    ORDER BY next_ask_at LIMIT :limit FOR UPDATE SKIP LOCKED
+), due AS (
+    SELECT * FROM overdue UNION ALL SELECT * FROM under_way
 )
 DELETE FROM {{schema}}.awaited AS a USING due
 WHERE a.handler = due.handler AND a.event_id = due.event_id
     AND ({IS_HERE.format(event="due.event_id", handler="due.handler")})
-RETURNING a.type, a.asks
+RETURNING a.type, a.asks, a.log
 """  # noqa: S608 - constants
+_UNDER_WAY_BY_LOG: Final = """
+SELECT log, count(*) FILTER (WHERE asks BETWEEN 1 AND 3) AS under_way
+FROM {schema}.awaited WHERE service = :service AND gone_at IS NULL
+GROUP BY log HAVING bool_or(next_ask_at <= clock_timestamp())
+"""
 _ASK_OF: Final = """
 (SELECT r.ask FROM {{schema}}.roll_seen AS r
  WHERE r.service = {row}.service AND r.log = {row}.log AND r.ask IS NOT NULL ORDER BY r.seen_at DESC LIMIT 1)
@@ -53,14 +70,14 @@ _ASK_OF: Final = """
 _DUE_EVENTS: Final = f"""
 WITH due AS MATERIALIZED (
     SELECT handler, event_id FROM {{schema}}.awaited
-    WHERE service = :service AND next_ask_at <= clock_timestamp()
+    WHERE service = :service AND log = :log AND next_ask_at <= clock_timestamp() AND gone_at IS NULL
+        AND (asks = 0) = :for_the_first_time
     ORDER BY next_ask_at LIMIT :limit FOR UPDATE SKIP LOCKED
 )
 UPDATE {{schema}}.awaited AS a
-SET asks = asks + CASE WHEN gone_at IS NULL THEN 1 ELSE 0 END, next_ask_at = clock_timestamp() +
-    CASE WHEN gone_at IS NULL THEN least(:patience * power(2, least(asks, 20)), :longest) ELSE :longest END
+SET asks = asks + 1, next_ask_at = clock_timestamp() + least(:patience * power(2, least(asks, 20)), :longest)
 FROM due WHERE a.handler = due.handler AND a.event_id = due.event_id
-RETURNING a.event_id, a.type, a.log, a.lane, a.position, a.asks, a.gone_at, {_ASK_OF.format(row="a")} AS ask
+RETURNING a.event_id, a.type, a.log, a.lane, a.position, a.asks, {_ASK_OF.format(row="a")} AS ask
 """  # noqa: S608
 _DUE_ROLLS: Final = f"""
 WITH due AS MATERIALIZED (
@@ -101,6 +118,8 @@ class Vigil:
         self._engine = engine
         self._send = send
         self._patience = patience
+        self._came_at: dict[UUID, float] = {}
+        """By log, when the last event came that it was asked for."""
         self._note_at = 0.0
         self._look_at = 0.0
         self._look_every = min(_LOOK_EVERY, patience.total_seconds())
@@ -129,7 +148,16 @@ class Vigil:
         }
         came = session.execute(self._sql(_FORGET_WHAT_CAME), values).all()
         _tell("{} of {} came after being asked for", (row.type for row in came if row.asks))
-        events = [row for row in session.execute(self._sql(_DUE_EVENTS), values) if not row.gone_at]
+        events: list[Any] = []
+        now = time.monotonic()
+        self._came_at |= {row.log: now for row in came if row.asks}
+        for log_id, under_way in session.execute(self._sql(_UNDER_WAY_BY_LOG), values).all():
+            of_log = {**values, "log": log_id}
+            anew = {"limit": max(0, _UNDER_WAY - under_way), "for_the_first_time": True}
+            events += session.execute(self._sql(_DUE_EVENTS), {**of_log, **anew})
+            if now - self._came_at.get(log_id, float("-inf")) > self._patience.total_seconds():
+                again = {"limit": _UNDER_WAY, "for_the_first_time": False}
+                events += session.execute(self._sql(_DUE_EVENTS), {**of_log, **again})
         _tell(
             "{} of {} did not come within their time and are asked for",
             (row.type for row in events if row.asks == 1),

@@ -54,14 +54,15 @@ class Billing:
         """The queue and its binding, as a relay would make them before any worker runs."""
         kombu_queue(self._topology)(self.connection.default_channel).declare()
 
-    def worker(self, *options: str, **environment: str) -> Worker:
-        """Start a worker and wait until it consumes."""
+    def worker(self, *options: str, is_doomed: bool = False, **environment: str) -> Worker:
+        """Start a worker and wait until it consumes; not if it *is_doomed* and may be dead by then."""
         name = f"{self.name}-{len(self._workers)}"
         options = ("--hostname", f"{name}@localhost", *(options or ("--concurrency", "2")))
         path = self._directory / f"{name}.log"
         worker = Worker(path, options, {**self._environment, **environment})
         self._workers.append(worker)
-        worker.wait_until_ready()
+        if not is_doomed:
+            worker.wait_until_ready()
         return worker
 
     def kill_workers(self) -> None:

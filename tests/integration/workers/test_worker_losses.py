@@ -27,7 +27,7 @@ from tests.workers import Billing, Worker, eventually
 
 LOSSES = int(os.environ.get("OUTBOX_TEST_LOSSES", "3"))
 SOON = timedelta(milliseconds=300)
-QUICK = {"BILLING_MISSED_AFTER": "0.5", "BILLING_VISIBILITY": "1"}
+QUICK = {"BILLING_MISSED_AFTER": "1", "BILLING_VISIBILITY": "1"}
 
 pytestmark = pytest.mark.timeout(120 + 5 * LOSSES)
 
@@ -56,8 +56,9 @@ class Shop:
             thread.join(60)
             self.billing.close()
 
-    def worker(self, **environment: str) -> Worker:
-        return self.billing.worker("--pool", "solo", **QUICK, **environment)
+    def worker(self, *, is_doomed: bool = False, **environment: str) -> Worker:
+        options = {**QUICK, **environment}
+        return self.billing.worker("--pool", "solo", is_doomed=is_doomed, **options)
 
     def publish(self, count: int) -> None:
         orders = [f"o{len(self.published) + number}" for number in range(count)]
@@ -99,8 +100,9 @@ def test_what_a_worker_had_popped_from_redis_when_it_was_killed_comes_again(
     chance = random.Random(1)
     with shop.open():
         for _ in range(LOSSES):
-            shop.publish(12)
-            doomed = shop.worker(OUTBOX_CRASH_AT=f"redis.popped:{chance.randint(1, 12)}")
+            shop.publish(20)
+            place = f"redis.popped:{chance.randint(1, 12)}"
+            doomed = shop.worker(is_doomed=True, OUTBOX_CRASH_AT=place)
             assert doomed.process.wait(30) == -signal.SIGKILL
         lost = len(shop.published) - len(shop.billing.effects)
         assert lost >= 1
@@ -115,8 +117,7 @@ def test_what_was_in_a_queue_when_it_was_purged_comes_again(
     with shop.open():
         worker = shop.worker()
         for _ in range(LOSSES):
-            shop.publish(100)
-            purged += eventually(shop.purge, 30)
+            purged += eventually(lambda: shop.publish(100) or shop.purge(), 30)
         assert purged
         shop.until_whole(worker)
 
