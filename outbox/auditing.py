@@ -20,7 +20,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from outbox.roll_call import IS_HERE
+from outbox.roll_call import IS_HERE, IS_NEWS
 from outbox.rolls import MOST, Wanted, WantedEvent
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.subscriptions import FIRST_ID_OF
@@ -56,10 +56,13 @@ SELECT s.handler, s.type, s.service, s.queue, count(*) AS due,
     array_agg(n.number ORDER BY n.number) FILTER (
         WHERE NOT ({IS_HERE.format(event="n.event_id", handler="s.handler")})
     ) AS missing
-FROM unnest(CAST(:ids AS uuid[]), CAST(:types AS text[])) WITH ORDINALITY AS n (event_id, type, number)
+FROM unnest(
+    CAST(:ids AS uuid[]), CAST(:types AS text[]), CAST(:lanes AS smallint[]), CAST(:positions AS bigint[])
+) WITH ORDINALITY AS n (event_id, type, lane, position, number)
 JOIN {{schema}}.subscription AS s ON s.type = n.type AND s.ended_at IS NULL
     AND n.event_id >= s.first_id
     AND n.event_id >= {FIRST_ID_OF.format(at="clock_timestamp() - CAST(:window AS interval)")}
+    AND ({IS_NEWS})
 GROUP BY s.handler, s.type, s.service, s.queue
 """  # noqa: S608 - constants
 _REQUEST: Final = "INSERT INTO {schema}.replay_request (queue, wanted) VALUES (:queue, :wanted)"
@@ -137,6 +140,9 @@ def _compare(
             _COMPARE,
             ids=[row.event_id for row in page],
             types=[row.type for row in page],
+            lanes=[row.lane for row in page],
+            positions=[row.position for row in page],
+            log=log.id,
             window=window,
         )
         for row in compared:

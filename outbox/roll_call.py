@@ -39,6 +39,14 @@ OR (SELECT true FROM {{schema}}.quarantine AS q WHERE q.event_id = {event} LIMIT
 """SQL: whether anything is known of an event for a handler. Sub-selects, which are looked up one by one whatever the
 planner thinks of the sizes."""
 
+IS_NEWS: Final = """
+s.hears_itself OR s.service IS DISTINCT FROM (
+    SELECT CAST(convert_from(e.body, 'UTF8') AS json) ->> 'source'
+    FROM {schema}.outbox_event AS e JOIN {schema}.outbox_log AS l ON l.id = :log
+    WHERE e.lane = n.lane AND e.position = n.position)
+"""
+"""SQL: whether a handler is given the event at all. What a service says itself can only be in its own log."""
+
 _SUBSCRIBED: Final = """
 SELECT min(since) FROM {schema}.subscription WHERE service = :service AND type = :type AND ended_at IS NULL
 """
@@ -77,7 +85,7 @@ FROM unnest(CAST(:ids AS uuid[]), CAST(:lanes AS smallint[]), CAST(:positions AS
     AS n (event_id, lane, position)
 JOIN {{schema}}.subscription AS s ON s.service = :service AND s.type = :type AND s.ended_at IS NULL
     AND n.event_id >= s.first_id AND n.event_id >= {FIRST_ID_OF.format(at="clock_timestamp() - :window")}
-WHERE NOT ({IS_HERE.format(event="n.event_id", handler="s.handler")})
+WHERE NOT ({IS_HERE.format(event="n.event_id", handler="s.handler")}) AND ({IS_NEWS})
 ORDER BY s.handler, n.event_id
 ON CONFLICT DO NOTHING
 """  # noqa: S608 - constants

@@ -40,6 +40,8 @@ from outbox.errors import MalformedMessage
 MOST: Final = 500
 """Events that one request asks for, or one page of a roll made again names."""
 
+ASK: Final = "outbox.ask"
+"""Stands for the type of a message in which a subscriber asks for what it misses."""
 _PREFIX: Final = b'{"specversion":"outbox.'
 _RECORD: Final = Struct("!16sq")
 RECORD_BYTES: Final = _RECORD.size

@@ -21,15 +21,17 @@ FIRST_ID_OF: Final = (
 
 # A handler that was away for long begins anew. For short, it was a deploy, with workers of both releases about.
 _NOTE = f"""
-INSERT INTO {{schema}}.subscription AS known (handler, type, service, queue, first_id)
-SELECT w.handler, w.type, :service, :queue, {FIRST_ID_OF.format(at="clock_timestamp()")}
-FROM unnest(CAST(:handlers AS text[]), CAST(:types AS text[])) AS w (handler, type)
+INSERT INTO {{schema}}.subscription AS known (handler, type, service, queue, first_id, hears_itself)
+SELECT w.handler, w.type, :service, :queue, {FIRST_ID_OF.format(at="clock_timestamp()")}, w.hears_itself
+FROM unnest(CAST(:handlers AS text[]), CAST(:types AS text[]), CAST(:hear AS boolean[]))
+    AS w (handler, type, hears_itself)
 ON CONFLICT (handler, type) DO UPDATE SET
-    service = EXCLUDED.service, queue = EXCLUDED.queue, ended_at = NULL,
+    service = EXCLUDED.service, queue = EXCLUDED.queue, hears_itself = EXCLUDED.hears_itself, ended_at = NULL,
     since = CASE WHEN known.ended_at < clock_timestamp() - interval '1 day' THEN EXCLUDED.since ELSE known.since END,
     first_id = CASE WHEN known.ended_at < clock_timestamp() - interval '1 day' THEN EXCLUDED.first_id
         ELSE known.first_id END
 WHERE known.ended_at IS NOT NULL OR known.queue <> EXCLUDED.queue OR known.service <> EXCLUDED.service
+    OR known.hears_itself <> EXCLUDED.hears_itself
 """  # noqa: S608 - a constant
 _END = """
 UPDATE {schema}.subscription SET ended_at = clock_timestamp()
@@ -46,7 +48,7 @@ ON CONFLICT (service) DO UPDATE SET queue = EXCLUDED.queue, noted_at = clock_tim
 def note(session: Session, service: Service) -> None:
     """Note what *service* takes now, and where; what it no longer takes has ended."""
     taken = [
-        (handler.name, type)
+        (handler.name, type, handler.hears_itself)
         for handler in service.handlers
         if handler.subscribes
         for type in sorted(handler.event_types)
@@ -54,8 +56,9 @@ def note(session: Session, service: Service) -> None:
     values = {
         "service": service.name,
         "queue": service.queue,
-        "handlers": [handler for handler, _ in taken],
-        "types": [type for _, type in taken],
+        "handlers": [handler for handler, _, _ in taken],
+        "types": [type for _, type, _ in taken],
+        "hear": [hears for _, _, hears in taken],
     }
     for sql in (_NOTE, _END, _LISTENS):
         session.execute(statement(sql, service.schema), values)

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -233,6 +234,7 @@ def _missing(metadata: MetaData, schema: str) -> None:
         Column("queue", Text, nullable=False),
         moment("since"),
         Column("first_id", Uuid, nullable=False),
+        Column("hears_itself", Boolean, nullable=False),
         moment("ended_at", default=False, nullable=True),
         PrimaryKeyConstraint("handler", "type"),
         schema=schema,

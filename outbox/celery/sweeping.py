@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from sqlalchemy.exc import DBAPIError
 
-from outbox import inbox_partitions, schema
+from outbox import inbox_partitions, rolls, schema
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
 from outbox.celery.engines import ForkSafeEngine
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from celery import Celery
 
 log = logging.getLogger(__name__)
-
-ASK: Final = "outbox.ask"
-"""Stands for the type of a message in which a subscriber asks for what it misses."""
 
 
 class OwnQueue:
@@ -53,7 +50,7 @@ class OwnQueue:
     def send_to(self, queue: str, body: bytes) -> None:
         """Send one message between relays and workers to any queue. Raises if the broker did not take it."""
         try:
-            message = OutgoingMessage(new_id(), ASK, None, body, 0, 0, queue=queue)
+            message = OutgoingMessage(new_id(), rolls.ASK, None, body, 0, 0, queue=queue)
             self._publish_message(self._producer or self._connect(), message)
         except Exception:
             self.close()

@@ -36,6 +36,7 @@ from outbox.kafka.record import RecordReceiver
 from outbox.receive import Receipt, Receiver, ReceiveSettings
 from outbox.service import Service
 from outbox.sweeper import Sweeper, SweepSettings
+from outbox.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,12 @@ class Consumer:
             settings=self._sweep_settings,
             chores=self._keep_up,
             bell=self._bell,
+            look=Vigil(
+                self._service,
+                self._engine,
+                own_topic.send_to,
+                patience=self._receive_settings.missed_after,
+            ).look,
         )
         sweeper.start()
         try:

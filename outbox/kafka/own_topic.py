@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from outbox import rolls
 from outbox.buses.base import Bus, OutgoingMessage
+from outbox.ids import new_id
 from outbox.pending import PendingDelivery
 
 
@@ -18,6 +20,11 @@ class OwnTopic:
     def __call__(self, batch: Sequence[PendingDelivery]) -> None:
         """Raises `BusError` if the broker did not take them all."""
         self._bus.send([self._addressed(owed) for owed in batch]).wait()
+
+    def send_to(self, queue: str, body: bytes) -> None:
+        """Send one message between relays and workers to any topic. Raises `BusError`."""
+        message = OutgoingMessage(new_id(), rolls.ASK, None, body, 0, 0, queue=queue)
+        self._bus.send([message]).wait()
 
     def _addressed(self, owed: PendingDelivery) -> OutgoingMessage:
         return OutgoingMessage(

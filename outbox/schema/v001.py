@@ -192,6 +192,7 @@ UP: Final = (
         queue       text        NOT NULL,
         since       timestamptz NOT NULL DEFAULT clock_timestamp(),
         first_id    uuid        NOT NULL,
+        hears_itself boolean    NOT NULL,
         ended_at    timestamptz,
         PRIMARY KEY (handler, type)
     )
