@@ -21,7 +21,7 @@ def installed(room: Room) -> Installed:
 
 
 @pytest.fixture(scope="module")
-def engine(databases: Databases) -> Iterator[Engine]:
+def shared_engine(databases: Databases) -> Iterator[Engine]:
     """One database for all tests of a module, each of which looks at what is its own only."""
     url = databases.create_migrated()
     engine = create_engine(url)

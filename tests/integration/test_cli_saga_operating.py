@@ -23,6 +23,11 @@ from tests.overlapping import StoppingJournal, StoppingParticipant, overlap
 from tests.sagas import Shop, check_whole
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
     shop = Shop(engine, StoppingParticipant, unwind="eager")

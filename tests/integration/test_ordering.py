@@ -28,6 +28,11 @@ EVENTS = text(
 )
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class Moved:
     account: str

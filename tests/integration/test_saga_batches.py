@@ -23,6 +23,11 @@ LOG = "outbox.receive"
 
 
 @pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
+@pytest.fixture(scope="module")
 def shop_of_module(engine: Engine) -> Shop:
     return Shop(engine)
 

@@ -21,6 +21,11 @@ from tests.overlapping import StoppingParticipant, overlap
 TWICE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class TripAsked:
     trip: str

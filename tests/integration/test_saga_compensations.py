@@ -25,11 +25,11 @@ AT_ONCE = timedelta(0)
 
 
 @pytest.fixture(scope="module")
-def engine(engine: Engine) -> Engine:
-    with engine.begin() as connection:
+def engine(shared_engine: Engine) -> Engine:
+    with shared_engine.begin() as connection:
         connection.execute(text("CREATE TABLE shelf (id int PRIMARY KEY)"))
         connection.execute(text("INSERT INTO shelf VALUES (1)"))
-    return engine
+    return shared_engine
 
 
 @pytest.fixture

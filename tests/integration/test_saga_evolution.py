@@ -28,6 +28,11 @@ AT_ONCE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
 SOMEBODY = Operator("ann", "the step is back")
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class Placed:
     id: str

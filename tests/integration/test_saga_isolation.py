@@ -140,9 +140,9 @@ class Theatre:
 
 
 @pytest.fixture(scope="module")
-def engine(engine: Engine) -> Engine:
-    Base.metadata.create_all(engine)
-    return engine
+def engine(shared_engine: Engine) -> Engine:
+    Base.metadata.create_all(shared_engine)
+    return shared_engine
 
 
 @pytest.fixture

@@ -18,6 +18,11 @@ from tests.overlapping import StoppingParticipant, overlap
 from tests.sagas import OrderCreated, Shop, check_whole
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
     return Shop(engine, StoppingParticipant)

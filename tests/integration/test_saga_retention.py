@@ -16,6 +16,11 @@ from tests.sagas import Shop, check_whole
 DAYS_90 = timedelta(days=90)
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
     shop = Shop(engine, unwind="eager")

@@ -16,6 +16,11 @@ from saga.retiring import forget_peer
 from saga.testing.choreography import Choreography, Message
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class Opened:
     name: str

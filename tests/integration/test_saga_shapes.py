@@ -20,6 +20,11 @@ from saga import Participant, Reject, current
 from saga.testing.choreography import Choreography
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class Opened:
     name: str

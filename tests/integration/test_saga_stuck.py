@@ -16,6 +16,11 @@ from saga import Participant, Reject
 from tests.sagas import TWICE, Broken, OrderCreated, Shop, StockRejected, StockReserved, check_whole
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
     shop = Shop(engine)

@@ -23,6 +23,11 @@ TWICE = RetryPolicy(attempts=2, first=timedelta(0), cap=timedelta(0))
 DEPARTURE = datetime(2040, 5, 17, 9, 30, tzinfo=UTC)
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @dataclass(frozen=True)
 class Asked:
     trip: str

@@ -14,6 +14,11 @@ from saga import AlreadyStarted
 from tests.sagas import BRANCHES, OrderCreated, Shop, check_whole
 
 
+@pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
 @pytest.fixture
 def shop(engine: Engine) -> Shop:
     return Shop(engine)
