@@ -20,7 +20,7 @@ from sqlalchemy import Engine, create_engine, text
 
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
-from outbox.buses.topology import Topology, kombu_queue
+from outbox.buses.topology import QueueType, Topology, kombu_queue
 from outbox.envelope import Envelope, encode
 from tests.apps import billing
 
@@ -31,7 +31,14 @@ ROOT = Path(__file__).parent.parent
 class Billing:
     """The service `billing` under a name of its own: a database, a queue, and workers."""
 
-    def __init__(self, database_url: str, broker_url: str, directory: Path) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        broker_url: str,
+        directory: Path,
+        *,
+        queue_type: QueueType = "quorum",
+    ) -> None:
         self.name = f"b{uuid.uuid4().hex[:10]}"
         self.queue = f"{self.name}.events"
         self.engine: Engine = create_engine(database_url)
@@ -41,9 +48,12 @@ class Billing:
             "BILLING_BROKER": broker_url,
             "BILLING_DATABASE": database_url,
             "BILLING_DIRECTORY": str(directory),
+            "BILLING_QUEUE": queue_type,
             "OUTBOX_TEST": "1",
         }
-        self._topology = Topology(self.queue, ("order.placed",), f"{self.name}.exchange")
+        self._topology = Topology(
+            self.queue, ("order.placed",), f"{self.name}.exchange", queue_type
+        )
         self.connection = Connection(broker_url)
         self._workers: list[Worker] = []
         with self.engine.begin() as connection:

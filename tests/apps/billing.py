@@ -69,7 +69,7 @@ setup(
     sweep=SweepSettings(
         longest=timedelta(milliseconds=200),
         resend_after=timedelta(seconds=1),
-        declare_every=timedelta(seconds=1),
+        declare_every=timedelta(seconds=float(os.environ.get("BILLING_DECLARE_EVERY", "30"))),
     ),
 )
 

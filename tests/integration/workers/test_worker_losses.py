@@ -27,7 +27,7 @@ from tests.workers import Billing, Worker, eventually
 
 LOSSES = int(os.environ.get("OUTBOX_TEST_LOSSES", "3"))
 SOON = timedelta(milliseconds=300)
-QUICK = {"BILLING_MISSED_AFTER": "1", "BILLING_VISIBILITY": "1"}
+QUICK = {"BILLING_DECLARE_EVERY": "1", "BILLING_MISSED_AFTER": "1", "BILLING_VISIBILITY": "1"}
 
 pytestmark = pytest.mark.timeout(120 + 5 * LOSSES)
 
@@ -67,11 +67,6 @@ class Shop:
             outbox.publish_all(session, events, registry=app.registry)
         self.published += orders
 
-    def purge(self) -> int:
-        """Throw away what is in the queue; returns how many messages that was."""
-        with self.billing.connection.channel() as channel:
-            return int(channel.queue_purge(self.billing.queue))
-
     def until_whole(self, worker: Worker) -> None:
         """Every effect once, and nothing missed any more."""
 
@@ -89,7 +84,9 @@ class Shop:
 
 @pytest.fixture
 def make_shop(make_migrated_database: Callable[[], str], tmp_path: Path) -> Callable[[str], Shop]:
-    return lambda broker: Shop(Billing(make_migrated_database(), broker, tmp_path), broker)
+    return lambda broker: Shop(
+        Billing(make_migrated_database(), broker, tmp_path, queue_type="classic"), broker
+    )
 
 
 def test_what_a_worker_had_popped_from_redis_when_it_was_killed_comes_again(
@@ -107,19 +104,6 @@ def test_what_a_worker_had_popped_from_redis_when_it_was_killed_comes_again(
         lost = len(shop.published) - len(shop.billing.effects)
         assert lost >= 1
         shop.until_whole(shop.worker())
-
-
-def test_what_was_in_a_queue_when_it_was_purged_comes_again(
-    make_shop: Callable[[str], Shop], rabbitmq_url: str
-) -> None:
-    shop = make_shop(rabbitmq_url)
-    purged = 0
-    with shop.open():
-        worker = shop.worker()
-        for _ in range(LOSSES):
-            purged += eventually(lambda: shop.publish(100) or shop.purge(), 30)
-        assert purged
-        shop.until_whole(worker)
 
 
 def test_what_redis_forgot_when_it_was_killed_comes_again(
