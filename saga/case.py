@@ -14,12 +14,13 @@ from outbox.dead_letters import Matching
 from outbox.envelope import decode
 from outbox.events import Registry
 from outbox.statements import statement
-from saga.control import CompensationDue, register_control_events
+from saga.control import CONTROL_EVENTS, CompensationDue, register_control_events
 from saga.errors import Refused
 from saga.journal import StepState
 from saga.runtime import Runtime, shortened
 from saga.store import SqlJournal
 
+_CONTROL: Final = {event_type.name for event_type in CONTROL_EVENTS}
 _LOCK: Final = """
 SELECT participant, definition, decides, state, stuck, reason FROM {schema}.saga
 WHERE saga_id = :saga_id AND (CAST(:participant AS text) IS NULL OR participant = :participant)
@@ -182,12 +183,15 @@ class Case:
             if quarantine.redrive(self.session, row.id, schema=self.schema):
                 return _resumed(run, f"quarantined message {row.id}")
         handler = f"{run.participant}.{run.step}"
-        if inbox.earlier_delivery(
+        if envelope.type in _CONTROL and inbox.earlier_delivery(
             self.session, envelope.id, handler, envelope.digest, schema=self.schema
         ):
             return _resumed(
                 run, "no: its event was handled, the saga itself is amiss", goes_on=False
             )
+        # Somebody may have discarded it, which leaves it in the inbox so that no copy of it is run. The
+        # journal knows better: it lets a stuck run be made, and made once.
+        inbox.take_back(self.session, envelope.id, handler, schema=self.schema)
         owed = pending.Owed(
             run.participant, handler, envelope.id, envelope.type, body, envelope.key
         )

@@ -29,6 +29,11 @@ PLAYS_TO_FIND_A_MUTANT = 250
 
 
 @pytest.fixture(scope="module")
+def engine(shared_engine: Engine) -> Engine:
+    return shared_engine
+
+
+@pytest.fixture(scope="module")
 def shop(engine: Engine) -> Shop:
     return Shop(engine, StoppingParticipant)
 
