@@ -111,4 +111,6 @@ class Collector:
     def _ended(self) -> None:
         with self._lock:
             self._at_work -= 1
-        self._flush_if_one_is_free()
+        # Not from within the acknowledgement, which the next batch could make fail, and not any more
+        # in a shutdown, when results still come and timers do not.
+        self._timer.call_after(0, self._flush_if_one_is_free)

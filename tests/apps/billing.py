@@ -46,6 +46,8 @@ app.conf.broker_transport_options = {
     "visibility_timeout": float(os.environ.get("BILLING_VISIBILITY", "3600")),
     "unacked_restore_interval": 0.2,
     "unacked_restore_throttle": 1,
+    # A worker that is killed while it hands out again what others held keeps them all from it so long.
+    "unacked_mutex_expire": 1,
 }
 app.conf.worker_prefetch_multiplier = 1
 
