@@ -131,7 +131,7 @@ def test_it_carries_events_until_told_to_stop_and_tells_how_many(
     relay.signal(number)
     code, printed = relay.end()
     assert code == 0, relay.said
-    assert json.loads(printed) == {"sent": 42, "confirmed": 42, "failures": 0}
+    assert json.loads(printed) == {"sent": 42, "confirmed": 42, "failures": 0, "refusals": 0}
     with migrated_engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM outbox.outbox_heartbeat")) == 0
 

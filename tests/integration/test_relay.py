@@ -181,7 +181,7 @@ def test_the_pause_after_a_refusal_grows_with_refusals_in_a_row_and_not_with_tho
         publish(migrated_engine, 1)
         bus.await_numbers({1})
         until(lambda: relay.stats.confirmed == 1)
-        assert (relay.stats.failures, relay._refusals) == (3, 0)
+        assert (relay.stats.failures, relay.stats.refusals) == (3, 0)
 
 
 def test_an_error_that_no_bus_should_raise_is_logged_and_everything_is_sent_again(
