@@ -15,6 +15,7 @@ from celery import signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from vine import promise
 
+from outbox.celery.hub import stay_awake
 from outbox.celery.installation import installed
 from outbox.celery.raw import REFUSED
 from outbox.celery.redis import reading_anything
@@ -37,6 +38,10 @@ class Consumer(CeleryConsumer):
         installation = installed(self.app)
         queue, size = installation.service.queue, installation.batch_size
         return self.ensure_connected(adapted(connection, queue, size))
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        stay_awake(hub)
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **options)

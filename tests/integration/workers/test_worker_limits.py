@@ -110,3 +110,17 @@ def test_threads_share_a_worker(billing: Billing) -> None:
         billing.send(billing.placed(order))
 
     eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
+
+
+@pytest.mark.parametrize("batch", [(), ("--outbox-batch", "10")], ids=["one by one", "batches"])
+def test_a_worker_without_processes_of_its_own_does_not_pause(
+    billing: Billing, batch: tuple[str, ...]
+) -> None:
+    """It would for seconds, again and again, over acknowledgements that its loop leaves lying."""
+    worker = billing.worker("--pool", "solo", *batch)
+    orders = sorted(f"solo-{len(batch)}-{number}" for number in range(200))
+    for order in orders:
+        billing.send(billing.placed(order))
+
+    eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: worker.log)
+    worker.kill()

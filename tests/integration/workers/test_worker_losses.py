@@ -67,6 +67,11 @@ class Shop:
             outbox.publish_all(session, events, registry=app.registry)
         self.published += orders
 
+    def purge(self) -> int:
+        """Throw away what is in the queue; returns how many messages that was."""
+        with self.billing.connection.channel() as channel:
+            return int(channel.queue_purge(self.billing.queue))
+
     def until_whole(self, worker: Worker) -> None:
         """Every effect once, and nothing missed any more."""
 
@@ -103,6 +108,17 @@ def test_what_a_worker_had_popped_from_redis_when_it_was_killed_comes_again(
             assert doomed.process.wait(30) == -signal.SIGKILL
         lost = len(shop.published) - len(shop.billing.effects)
         assert lost >= 1
+        shop.until_whole(shop.worker())
+
+
+def test_what_was_in_a_queue_when_it_was_purged_comes_again(
+    make_shop: Callable[[str], Shop], rabbitmq_url: str
+) -> None:
+    shop = make_shop(rabbitmq_url)
+    with shop.open():
+        for _ in range(LOSSES):
+            eventually(lambda: shop.publish(50) or shop.purge(), 30)
+        shop.publish(10)
         shop.until_whole(shop.worker())
 
 
