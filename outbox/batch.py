@@ -11,8 +11,11 @@ that hold the same pairs wait for each other in the order of the keys, and run t
 order of sagas and event keys, so that rows named by those are locked in one order; any deadlock that
 handlers make beyond that ends one transaction, and its deliveries are run alone.
 
-Only what needs no transaction of its own takes part: not what was redelivered (it may have killed a
-worker, which is counted first), not what is addressed, ordered or unreadable.
+Only what needs no transaction of its own takes part: not what was redelivered, nor what is owed and
+was sent or begun before (it may have killed a worker, which is counted first), nor what is ordered or
+unreadable. The first run of what is owed takes its note along: the statement that inserts the inbox
+row deletes the note, and where another transaction has changed that in the same moment, the batch
+ends and each of its deliveries is run alone.
 """
 
 from __future__ import annotations
@@ -28,28 +31,49 @@ from outbox.context import handling
 from outbox.crash_points import crash_point
 from outbox.errors import MalformedMessage
 from outbox.intake import Incoming, Intake, Payload
+from outbox.pending import EVERY_HANDLER
 from outbox.service import Delivery, Handler
 from outbox.statements import statement
 
+# Locks the inbox rows first and the notes after them, as a delivery that runs alone does. One subplan
+# for each row, by CASE: what a join would make of it hangs on statistics that a queue outruns.
 _ENTER = """
-INSERT INTO {schema}.inbox (event_id, handler, digest)
-SELECT new.event_id, new.handler, new.digest
-FROM unnest(CAST(:event_ids AS uuid[]), CAST(:handlers AS text[]), CAST(:digests AS bytea[]))
-    AS new (event_id, handler, digest)
-WHERE NOT EXISTS (
-    SELECT FROM {schema}.pending_delivery AS owed
-    WHERE owed.handler = new.handler AND owed.event_id = new.event_id)
-AND NOT EXISTS (
-    SELECT FROM {schema}.dead_letter AS parked
-    WHERE parked.handler = new.handler AND parked.event_id = new.event_id)
-ORDER BY new.event_id, new.handler
-ON CONFLICT DO NOTHING
-RETURNING event_id, handler
+WITH entered AS (
+    INSERT INTO {schema}.inbox (event_id, handler, digest)
+    SELECT new.event_id, new.handler, new.digest
+    FROM unnest(CAST(:event_ids AS uuid[]), CAST(:handlers AS text[]), CAST(:digests AS bytea[]),
+        CAST(:addressed AS boolean[])) AS new (event_id, handler, digest, is_addressed)
+    WHERE CASE WHEN new.is_addressed THEN EXISTS (
+        SELECT FROM {schema}.pending_delivery AS owed
+        WHERE owed.handler = new.handler AND owed.event_id = new.event_id
+            AND owed.attempts = 0 AND owed.sends <= 1)
+    ELSE NOT EXISTS (
+        SELECT FROM {schema}.pending_delivery AS owed
+        WHERE owed.handler = new.handler AND owed.event_id = new.event_id)
+    AND NOT EXISTS (
+        SELECT FROM {schema}.dead_letter AS parked
+        WHERE parked.handler = new.handler AND parked.event_id = new.event_id)
+    END
+    ORDER BY new.event_id, new.handler
+    ON CONFLICT DO NOTHING
+    RETURNING event_id, handler
+), withdrawn AS (
+    DELETE FROM {schema}.pending_delivery AS owed USING entered
+    WHERE owed.handler = entered.handler AND owed.event_id = entered.event_id
+        AND owed.attempts = 0 AND owed.sends <= 1
+    RETURNING owed.event_id, owed.handler
+)
+SELECT event_id, handler, withdrawn.event_id IS NOT NULL AS was_owed
+FROM entered LEFT JOIN withdrawn USING (event_id, handler)
 """
 
 
 Pair = tuple[UUID, str]
 """Event id and name of the handler: the key of the inbox."""
+
+
+class NoteChanged(Exception):
+    """A delivery that is owed was begun, sent again or withdrawn while a batch entered it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class Batch:
         return entered
 
     def _planned(self, message: Incoming) -> Plan | None:
-        if message.redelivered or message.handler is not None or message.key_seq is not None:
+        if message.redelivered or message.key_seq is not None or message.handler == EVERY_HANDLER:
             return None
         try:
             envelope, handlers = self._intake.read(message)
@@ -111,20 +135,28 @@ class Batch:
             return None
         if any(handler.owns_transactions for handler in handlers):
             return None
-        service, limits = self._intake.service, self._limits
-        return Plan(payload, [Work(service, one, envelope, limits=limits) for one in handlers])
+        service, limits, addressed = self._intake.service, self._limits, message.handler is not None
+        return Plan(
+            payload,
+            [Work(service, one, envelope, None, addressed, limits) for one in handlers],
+        )
 
     def _enter(self, session: Session) -> Collection[Pair]:
-        works = [work for plan in self._plans.values() for work in plan.works]
-        entered = session.execute(
+        works = {work.pair: work for plan in self._plans.values() for work in plan.works}
+        rows = session.execute(
             statement(_ENTER, self._intake.service.schema),
             {
-                "event_ids": [work.envelope.id for work in works],
-                "handlers": [work.handler.name for work in works],
-                "digests": [work.envelope.digest for work in works],
+                "event_ids": [work.envelope.id for work in works.values()],
+                "handlers": [work.handler.name for work in works.values()],
+                "digests": [work.envelope.digest for work in works.values()],
+                "addressed": [work.addressed for work in works.values()],
             },
         )
-        return {(row.event_id, row.handler) for row in entered}
+        entered = {(row.event_id, row.handler): row.was_owed for row in rows}
+        for pair, was_owed in entered.items():
+            if works[pair].addressed and not was_owed:
+                raise NoteChanged(f"{works[pair]} is no longer owed as it was")
+        return entered.keys()
 
     def _in_lock_order(self, entered: Collection[Pair]) -> Iterator[tuple[Handler, list[Delivery]]]:
         """One delivery at a time, then those whose handlers take all of theirs at once.
