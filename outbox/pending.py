@@ -52,6 +52,17 @@ VALUES (%s, %s, %s, %s, %s, %s, 'timer', 0,
     COALESCE(CAST(%s AS timestamptz), clock_timestamp()) + CAST(%s AS interval))
 ON CONFLICT (handler, event_id) DO NOTHING RETURNING true
 """
+# In one order, lest two that owe the same wait for each other.
+_SCHEDULE_ALL = """
+INSERT INTO {schema}.pending_delivery
+    (service, handler, event_id, type, key, body, reason, attempts, next_attempt_at)
+SELECT %s, handler, event_id, type, key, body, 'timer', 0,
+    COALESCE(due_at, clock_timestamp()) + delay
+FROM unnest(%s::text[], %s::uuid[], %s::text[], %s::text[], %s::bytea[], %s::timestamptz[],
+    %s::interval[]) AS owed (handler, event_id, type, key, body, due_at, delay)
+ORDER BY handler, event_id
+ON CONFLICT (handler, event_id) DO NOTHING
+"""
 _UPSERT = f"""{_INSERT}
 ON CONFLICT (handler, event_id) DO UPDATE SET
     reason = EXCLUDED.reason, attempts = EXCLUDED.attempts, sends = 0,
@@ -148,11 +159,32 @@ def schedule(
     """
     if due_at is not None and due_at.tzinfo is None:
         raise ValueError(f"due_at {due_at} has no zone; use an aware datetime")
-    if due_at is None and not delay and isinstance(connection, Session):
-        connection.info[DUE_AT_ONCE] = True
+    _ring_if_due(connection, due_at, delay)
     owed = (service, handler, envelope.id, envelope.type, envelope.key, envelope.body)
     sql = in_schema(_SCHEDULE, schema)
     return bool(executor(connection)(sql, (*owed, due_at, delay), True))
+
+
+def schedule_all(
+    session: Session,
+    service: str,
+    owed: Sequence[tuple[str, Envelope, datetime | None, timedelta]],
+    *,
+    schema: str = DEFAULT_SCHEMA,
+) -> None:
+    """As `schedule`, for many: handler, envelope, due_at and delay of each."""
+    rows = []
+    for handler, envelope, due_at, delay in owed:
+        _ring_if_due(session, due_at, delay)
+        event = (envelope.id, envelope.type, envelope.key, envelope.body)
+        rows.append((handler, *event, due_at, delay))
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    executor(session)(in_schema(_SCHEDULE_ALL, schema), (service, *columns), False)
+
+
+def _ring_if_due(connection: Any, due_at: datetime | None, delay: timedelta) -> None:
+    if due_at is None and not delay and isinstance(connection, Session):
+        connection.info[DUE_AT_ONCE] = True
 
 
 def withdraw(

@@ -14,6 +14,7 @@ from outbox.dead_letters import Matching
 from outbox.envelope import decode
 from outbox.events import Registry
 from outbox.statements import statement
+from saga import batching
 from saga.control import CONTROL_EVENTS, CompensationDue, register_control_events
 from saga.errors import Refused
 from saga.journal import StepState
@@ -74,6 +75,7 @@ class Case:
     """One saga, as the participants in one schema have it."""
 
     def __init__(self, session: Session, saga_id: UUID, schema: str) -> None:
+        batching.forget(session)
         self.session = session
         self.saga_id = saga_id
         self.schema = schema

@@ -243,7 +243,9 @@ class SqlJournal:
         return rows[0][0] if rows else None
 
     def runs(self, saga_id: UUID) -> list[StepRow]:
-        rows = self._rows(_RUNS, saga_id, self._participant)
+        return self._step_rows(saga_id, self._rows(_RUNS, saga_id, self._participant))
+
+    def _step_rows(self, saga_id: UUID, rows: Rows) -> list[StepRow]:
         has_joins = any(trigger_id == saga_id for _, trigger_id, *_ in rows)
         arrived = self._arrived(saga_id) if has_joins else {}
         runs = []
@@ -307,12 +309,14 @@ class SqlJournal:
     def peers_of(self, saga_id: UUID) -> PeersOfSaga:
         rows = self._rows(_PEERS_OF_SAGA, saga_id, self._participant, self._participant)
         heard = {peer: frozenset(pending) for peer, takes, pending in rows if takes is None}
-        silent = {
-            peer: frozenset(takes)
-            for peer, takes, _ in rows
-            if takes is not None and peer not in heard and peer != self._participant
-        }
-        return PeersOfSaga(heard, silent)
+        known = {peer: frozenset(takes) for peer, takes, _ in rows if takes is not None}
+        return self._among(heard, known)
+
+    def _among(
+        self, heard: Mapping[str, frozenset[UUID]], known: Mapping[str, frozenset[str]]
+    ) -> PeersOfSaga:
+        silent = known.keys() - heard.keys() - {self._participant}
+        return PeersOfSaga(heard, {peer: known[peer] for peer in silent})
 
     def append(self, envelope: Envelope, event_type: EventType) -> None:
         append(self.session, envelope, event_type, schema=self._schema)
