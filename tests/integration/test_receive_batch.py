@@ -10,17 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import pending
+from outbox.envelope import decode
 from outbox.errors import ConfigurationError
 from outbox.intake import Incoming
 from outbox.receive import Outcome, Receipt
 from outbox.service import Delivery, Handler, RetryPolicy
 from tests.receiving import AT_ONCE, Placed, Subscriber
+from tests.workers import eventually
 
 BILL = "billing.bill"
 
@@ -256,7 +259,117 @@ def test_a_batch_handler_must_take_two_arguments(billing: Subscriber) -> None:
         def bill(events: list[Placed]) -> None: ...  # type: ignore[type-var]
 
 
+# ---- what is owed ----
+
+
+def owe(billing: Subscriber, *orders: str) -> list[Incoming]:
+    """Work scheduled for now, as the sweeper would send it."""
+    envelopes = [billing.placed(order) for order in orders]
+    with billing.session() as session, session.begin():
+        each = [(BILL, envelope, None, timedelta(0)) for envelope in envelopes]
+        pending.schedule_all(session, "billing", each)
+    return [Incoming(envelope.body, handler=BILL) for envelope in envelopes]
+
+
+def test_the_first_run_of_what_is_owed_shares_the_transaction(billing: Subscriber) -> None:
+    bill_by_order(billing)
+    batch = [*owe(billing, "a", "b"), *messages(billing, "c")]
+
+    receipts = billing.receiver().take_in_batch(batch)
+
+    assert outcomes(receipts) == [Outcome.HANDLED] * 3
+    assert (billing.effects, transactions(billing)) == (["a", "b", "c"], 1)
+    assert (billing.owed, len(billing.inbox)) == ([], 3)
+
+
+@pytest.mark.parametrize("begun", ["attempts = 1", "sends = 2"])
+def test_what_is_owed_and_was_begun_or_sent_before_is_counted_first_and_runs_alone(
+    billing: Subscriber, begun: str
+) -> None:
+    attempts: dict[str, list[int]] = {}
+
+    @billing.service.on(Placed)
+    def bill(event: Placed, session: Session) -> None:
+        attempts[event.order] = [row.attempts for row in billing.owed]
+        billing.effect(session, event.order)
+
+    batch = owe(billing, "before", "a", "b")
+    before = pending_id(batch[0])
+    billing.run(f"UPDATE outbox.pending_delivery SET {begun} WHERE event_id = :id", id=before)
+
+    receipts = billing.receiver().take_in_batch(batch)
+
+    assert outcomes(receipts) == [Outcome.HANDLED] * 3
+    assert transactions(billing) == 2
+    assert attempts["before"] == [2 if begun.startswith("attempts") else 1]
+    assert billing.owed == []
+
+
+def test_what_is_owed_no_more_is_not_run(billing: Subscriber) -> None:
+    runs = bill_by_order(billing)
+    batch = owe(billing, "withdrawn", "a", "b")
+    withdrawn = pending_id(batch[0])
+    billing.run("DELETE FROM outbox.pending_delivery WHERE event_id = :id", id=withdrawn)
+
+    receipts = billing.receiver().take_in_batch(batch)
+
+    assert outcomes(receipts) == [Outcome.STALE, Outcome.HANDLED, Outcome.HANDLED]
+    assert runs == {"a": 1, "b": 1}
+
+
+def test_what_is_owed_and_fails_is_noted_alone_and_hurts_no_other(billing: Subscriber) -> None:
+    bill_by_order(billing, refused=("bad",))
+
+    receipts = billing.receiver().take_in_batch(owe(billing, "a", "bad", "b"))
+
+    assert outcomes(receipts) == [Outcome.HANDLED, Outcome.RETRY, Outcome.HANDLED]
+    assert billing.effects == ["a", "b"]
+    assert [(row.attempts, row.reason) for row in billing.owed] == [(1, "retry")]
+
+
+def test_a_batch_whose_note_another_worker_has_begun_meanwhile_is_run_one_by_one(
+    billing: Subscriber, pool: ThreadPoolExecutor
+) -> None:
+    runs = bill_by_order(billing)
+    batch = owe(billing, "begun", "a", "b")
+    with billing.session() as session, session.begin():
+        pending.begin_attempt(session, BILL, pending_id(batch[0]), timedelta(seconds=60))
+        result = pool.submit(billing.receiver().take_in_batch, batch)
+        eventually(lambda: billing.rows("""
+            SELECT 1 FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock'
+        """))  # fmt: skip
+
+    assert outcomes(result.result()) == [Outcome.HANDLED] * 3
+    assert (runs, transactions(billing)) == ({"begun": 1, "a": 1, "b": 1}, 3)
+    assert billing.owed == []
+
+
+def pending_id(message: Incoming) -> UUID:
+    return decode(message.body).id
+
+
 # ---- at the same time ----
+
+
+def test_batches_with_the_same_owed_work_have_one_effect_each(
+    billing: Subscriber, pool: ThreadPoolExecutor
+) -> None:
+    bill_by_order(billing)
+    receiver = billing.receiver()
+    for number in range(10):
+        same = owe(billing, *(f"{number}-{n}" for n in range(8)))
+        shuffled = [random.Random(number + n).sample(same, len(same)) for n in range(3)]
+        jobs = [pool.submit(receiver.take_in_batch, batch) for batch in shuffled]
+        jobs += [pool.submit(receiver.take_in, one) for one in same]
+        for job in jobs:
+            job.result()
+
+    # One that met a worker at it may be put off; whatever is still owed is sent again.
+    for row in billing.owed:
+        receiver.take_in(Incoming(bytes(row.body), handler=BILL))
+    assert billing.effects == sorted(f"{number}-{n}" for number in range(10) for n in range(8))
+    assert (billing.owed, billing.dead) == ([], [])
 
 
 def test_batches_with_the_same_events_have_one_effect_each(
