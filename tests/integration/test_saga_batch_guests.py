@@ -36,6 +36,7 @@ class Complained:
     saga_id: UUID
     key: str = "~"
     in_savepoint: bool = False
+    withdrawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class Bank:
         @self.bank.on(Complained)
         def give_in(complained: Complained, session: Session) -> None:
             if complained.in_savepoint:
-                with session.begin_nested():
+                with session.begin_nested() as savepoint:
                     self._abort(session, complained.saga_id)
+                    if complained.withdrawn:
+                        savepoint.rollback()
             else:
                 self._abort(session, complained.saga_id)
 
@@ -151,6 +154,18 @@ def test_a_handler_that_aborts_a_saga_has_the_step_undone_that_ran_in_its_batch(
     assert bank.undone == ["1"]
     states = bank.rows("SELECT state FROM outbox.saga WHERE participant = 'bank' ORDER BY state")
     assert [row.state for row in states] == ["compensated", "running"]
+
+
+def test_an_abort_that_a_savepoint_took_back_takes_no_step_of_the_batch_along(bank: Bank) -> None:
+    saga_id, ordered = bank.start("1")
+    _, another = bank.start("2")
+    withdrawn = Complained(saga_id, in_savepoint=True, withdrawn=True)
+
+    bank.take_in(ordered, another, bank.incoming(withdrawn))
+
+    runs = bank.rows("SELECT state FROM outbox.saga_step WHERE participant = 'bank'")
+    assert [row.state for row in runs] == ["done", "done"]
+    assert bank.owed() == []
 
 
 def test_a_saga_whose_start_a_savepoint_took_back_leaves_no_deadline(bank: Bank) -> None:
