@@ -94,7 +94,7 @@ def _filling(broker_url: str, app: str, count: int) -> Callable[[], None]:
         for _ in range(0, count, 500):
             envelopes = [encode(registry.of(event), event, source="bench") for _ in range(500)]
             messages = [
-                OutgoingMessage(one.id, one.type, str(uuid4()), one.body, 0, 0, queue=queue)
+                OutgoingMessage(str(one.id), one.type, str(uuid4()), one.body, 0, 0, queue=queue)
                 for one in envelopes
             ]
             bus.send(messages).wait()

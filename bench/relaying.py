@@ -122,7 +122,7 @@ def _py_amqp(url: str, awaited: bool) -> Any:
 
     def publish(timer: Timer) -> None:
         nonlocal sent
-        message = OutgoingMessage(uuid4(), "order.created", None, BODY, 0, 0)
+        message = OutgoingMessage(str(uuid4()), "order.created", None, BODY, 0, 0)
         body = celery_message(message).body
         with timer.counting(count):
             for _ in range(count):

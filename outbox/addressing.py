@@ -11,7 +11,7 @@ from outbox.pending import PendingDelivery
 def delivery_message(owed: PendingDelivery, queue: str) -> OutgoingMessage:
     """An owed delivery, to the one handler that it is owed to."""
     return OutgoingMessage(
-        event_id=owed.event_id,
+        id=str(owed.event_id),
         type=owed.type,
         key=owed.key,
         body=owed.body,
@@ -25,4 +25,4 @@ def delivery_message(owed: PendingDelivery, queue: str) -> OutgoingMessage:
 
 def asking_message(body: bytes, queue: str) -> OutgoingMessage:
     """A message from a worker to relays (see `outbox.rolls`)."""
-    return OutgoingMessage(new_id(), rolls.ASK, None, body, lane=0, position=0, queue=queue)
+    return OutgoingMessage(str(new_id()), rolls.ASK, None, body, lane=0, position=0, queue=queue)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from random import Random
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from outbox.buses.base import Bus, Confirmation, OutgoingMessage
 from outbox.crash_points import crash_point
 from outbox.cursors import CursorStore
 from outbox.errors import BusError, LeaseLost
-from outbox.reader import Cursor, LoggedEvent, LogReader, Page
+from outbox.reader import Cursor, LogReader, Page
 from outbox.roll_caller import RollCaller
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _STORE_EVERY: Final = 0.1
 _FIRST_ROWS: Final = 64
 _AT_ONCE: Final = float("inf")
+_BODY: Final = attrgetter("body")
+_LANE: Final = attrgetter("lane")
 
 
 @dataclass
@@ -185,7 +188,7 @@ class Pipeline:
             return False
         if not self._held():
             raise BusError("this relay was paused for longer than its lease")
-        confirmation = self._bus.send([_outgoing(event) for event in page.events])
+        confirmation = self._bus.send(page.events)
         self._stats.sent += len(page.events)
         crash_point("relay.sent")
         self._in_flight.append(_InFlight(confirmation, group, page))
@@ -200,12 +203,12 @@ class Pipeline:
             self._in_flight.popleft()
             self._stats.refusals = 0
             sent.group.confirmed = sent.page.cursor
-            self._count_confirmed(len(sent.page.events))
-            self._unstored.update(event.lane for event in sent.page.events)
+            self._note_confirmed(sent.page.events)
+            self._unstored.update(map(_LANE, sent.page.events))
             self.store(time.monotonic())
 
-    def _count_confirmed(self, events: int) -> None:
-        self._stats.confirmed += events
+    def _note_confirmed(self, events: Sequence[OutgoingMessage]) -> None:
+        self._stats.confirmed += len(events)
         if self._rolls is not None:
             self._rolls.handed_over(events)
 
@@ -239,21 +242,15 @@ class Pipeline:
         )
         events = [event for page in pages for event in page.events]
         if events:
-            self._bus.send([_outgoing(event) for event in events]).wait()
+            self._bus.send(events).wait()
             self._stats.sent += len(events)
-            self._count_confirmed(len(events))
+            self._note_confirmed(events)
         self._groups = [_Group(merged, merged)]
         self._unstored.update(merged.his)
 
     def _adapt(self, page: Page) -> None:
-        size = sum(len(event.body) for event in page.events)
+        size = sum(map(len, map(_BODY, page.events)))
         if size > self._most_bytes:
             self._rows = max(self._rows // 2, 1)
         elif not page.complete and size < self._most_bytes // 2:
             self._rows = min(self._rows * 2, self._most_rows)
-
-
-def _outgoing(event: LoggedEvent) -> OutgoingMessage:
-    return OutgoingMessage(
-        event.event_id, event.type, event.key, event.body, event.lane, event.position, event.key_seq
-    )

@@ -22,43 +22,51 @@ form needs neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
-from uuid import UUID
+from functools import partial
+from operator import attrgetter
+from typing import Any, Final
 
 import psycopg
 from psycopg.rows import tuple_row
 
+from outbox.buses.base import OutgoingMessage
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
-_SNAPSHOT_LANE: Final = -1
+MESSAGE: Final = "e.event_id::text, e.type, e.key, e.body, e.lane, e.position, e.key_seq"
+"""The columns of an `OutgoingMessage`, from `outbox_event AS e`."""
+
+_SNAPSHOT_LANE: Final = -100
 _FIRST_XID: Final = 3
 
-_FRESH = """
+_FRESH = f"""
 SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[]) AS l (lane, hi)
 CROSS JOIN LATERAL (
-    SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, true AS fresh
-    FROM {schema}.outbox_event AS e
+    SELECT {MESSAGE}, NULL::text, NULL::text FROM {{schema}}.outbox_event AS e
     WHERE e.lane = l.lane AND e.position > l.hi
     ORDER BY e.position LIMIT %(rows)s
 ) AS f
-"""
+"""  # noqa: S608 - constants
 # Lanes are picked out by the caller, and what is not below `hi` of its own lane: a condition on `lane` would offer the
-# planner the primary key, and with it the whole history.
-_ENDED_SINCE = """
-(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, false FROM {schema}.outbox_event AS e
+# planner the primary key, and with it the whole history. The lane comes turned over: that tells them from fresh rows.
+_LATE = f"""
+SELECT {MESSAGE.replace("e.lane", "~e.lane")}, NULL::text, NULL::text FROM {{schema}}.outbox_event AS e
+"""  # noqa: S608 - constants
+_ENDED_SINCE = f"""
+({_LATE}
 WHERE e.xid = ANY(%(running)s::text[]::xid8[]) AND e.position <= %(highest)s LIMIT %(rows)s + 1)
 """
-_BEGUN_SINCE = """
-(SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body, false FROM {schema}.outbox_event AS e
+_BEGUN_SINCE = f"""
+({_LATE}
 WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(ceiling)s::text::xid8 AND e.position <= %(highest)s
 LIMIT %(rows)s + 1)
 """
 # One more row brings the snapshot that all the others were seen in, and how far the log is durable.
 _SEEN_IN = f"""
-SELECT {_SNAPSHOT_LANE}::smallint, (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint, NULL::uuid,
-    pg_current_snapshot()::text, NULL::text, NULL::bigint, NULL::bytea, false
+SELECT NULL::text, pg_current_snapshot()::text, NULL::text, NULL::bytea, {_SNAPSHOT_LANE}::smallint,
+    (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint, NULL::bigint, NULL::text, NULL::text
 """
 _ARMS: Final = {"fresh": _FRESH, "ended": _ENDED_SINCE, "begun": _BEGUN_SINCE}
 
@@ -68,28 +76,18 @@ WHERE (e.xid = ANY(%(running)s::text[]::xid8[]) OR (e.xid >= %(next)s::text::xid
     AND e.position <= %(highest)s AND pg_visible_in_snapshot(e.xid, %(until)s::pg_snapshot)
 ORDER BY e.position
 """
-_AT_POSITIONS = """
-SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+_AT_POSITIONS = f"""
+SELECT {MESSAGE}, NULL::text, NULL::text FROM {{schema}}.outbox_event AS e
 JOIN unnest(%(lanes)s::smallint[], %(positions)s::bigint[]) AS l (lane, position) USING (lane, position)
 ORDER BY e.position
-"""
+"""  # noqa: S608 - constants
 _ANY_SNAPSHOT = "SELECT pg_current_snapshot()::text"
 # A commit that waits for the disk makes everything before it durable.
 _FLUSH = "SELECT pg_logical_emit_message(true, 'outbox', '')"
 
 _HUGE_XID: Final = 2**63 - 1
-
-
-class LoggedEvent(NamedTuple):
-    """One row of the log."""
-
-    lane: int
-    position: int
-    event_id: UUID
-    type: str
-    key: str | None
-    key_seq: int | None
-    body: bytes
+_LANE: Final = attrgetter("lane")
+_POSITION: Final = attrgetter("position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class Cursor:
 class Page:
     """Events in the order in which they must be sent, and the cursor once they have been."""
 
-    events: list[LoggedEvent]
+    events: list[OutgoingMessage]
     cursor: Cursor
     complete: bool
     """Whether this was everything that was there: the next read can wait a little."""
@@ -171,7 +169,7 @@ class LogReader:
         """
         if cursor.late:
             return self._late_page(cursor, rows)
-        found = self._rows(
+        found = self._messages(
             self._page_sql,
             lanes=list(cursor.his),
             his=list(cursor.his.values()),
@@ -179,29 +177,26 @@ class LogReader:
             highest=max(cursor.his.values(), default=0),
             **self._since(cursor),
         )
-        seen = Snapshot(next(row[3] for row in found if row[0] == _SNAPSHOT_LANE))
-        not_durable = next(row[1] for row in found if row[0] == _SNAPSHOT_LANE)
-        events = [
-            LoggedEvent._make(row[:-1])
-            for row in found
-            if row[0] in cursor.his and (row[-1] or row[1] <= cursor.his[row[0]])
-        ]
-        stragglers = sum(not row[-1] for row in found) - 1
-        if stragglers > rows:
+        others = [row for row in found if row.lane < 0]
+        last = next(row for row in others if row.lane == _SNAPSHOT_LANE)
+        seen, not_durable = Snapshot(last.type), last.position
+        if len(others) - 1 > rows:
             # An arm may have met its limit, with rows that are not ours: count, and go page by page.
             crowded = self._with_late(cursor, seen)
             if crowded.late:
                 return self._late_page(crowded, rows)
-        events.sort(key=lambda event: event.position)
+        fresh = [row for row in found if row.lane >= 0]
+        fresh.sort(key=_POSITION)
+        his = {**cursor.his, **dict(zip(map(_LANE, fresh), map(_POSITION, fresh), strict=True))}
+        complete = max(Counter(map(_LANE, fresh)).values(), default=0) < rows
+        late = [
+            row._replace(lane=~row.lane)
+            for row in others
+            if row.position <= cursor.his.get(~row.lane, -1)
+        ]
+        events = sorted([*late, *fresh], key=_POSITION) if late else fresh
         if events and not_durable > 0 and durable:
             self.make_durable()
-        his = dict(cursor.his)
-        taken = dict.fromkeys(his, 0)
-        for event in events:
-            if event.position > his[event.lane]:
-                his[event.lane] = event.position
-            taken[event.lane] += 1
-        complete = all(count < rows for count in taken.values())
         return Page(events, Cursor(his, seen), complete)
 
     def unchanged_since(self, cursor: Cursor) -> bool:
@@ -223,13 +218,12 @@ class LogReader:
 
     def _late_page(self, cursor: Cursor, rows: int) -> Page:
         page, rest = cursor.late[:rows], cursor.late[rows:]
-        found = self._rows(
+        events = self._messages(
             in_schema(_AT_POSITIONS, self._schema),
             lanes=[lane for _, lane in page],
             positions=[position for position, _ in page],
         )
         self.make_durable()
-        events = [LoggedEvent._make(row) for row in found]
         if rest:
             return Page(events, replace(cursor, late=rest), complete=False)
         assert cursor.late_until is not None
@@ -248,7 +242,17 @@ class LogReader:
             self._connection.execute("SET LOCAL synchronous_commit = on")
             self._connection.execute(_FLUSH)
 
+    def _messages(self, sql: str, **params: Any) -> list[OutgoingMessage]:
+        with self._connection.cursor(row_factory=_message_row, binary=True) as cursor:
+            cursor.execute(sql.encode(), params, prepare=self._prepare)
+            return cursor.fetchall()
+
     def _rows(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
         with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
             cursor.execute(sql.encode(), params, prepare=self._prepare)
             return cursor.fetchall()
+
+
+def _message_row(_: Any) -> Callable[[Sequence[Any]], OutgoingMessage]:
+    # `OutgoingMessage._make`, without a frame of Python for each row.
+    return partial(tuple.__new__, OutgoingMessage)

@@ -17,9 +17,8 @@ from typing import Any, Final
 
 import psycopg
 
-from outbox.buses.base import Bus
-from outbox.reader import LoggedEvent
-from outbox.replies import copy_for
+from outbox.buses.base import Bus, OutgoingMessage
+from outbox.reader import MESSAGE
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 _PAGE_ROWS: Final = 500
@@ -28,14 +27,14 @@ _WIDEST: Final = 1_000_000
 
 _LAST: Final = "SELECT last_value FROM {schema}.outbox_event_position"
 # Sixteen ranges of the primary key. Its window of positions bounds what has to be sorted.
-_PAGE: Final = """
-SELECT lane, position, event_id, type, key, key_seq, body FROM {schema}.outbox_event
+_PAGE: Final = f"""
+SELECT {MESSAGE} FROM {{schema}}.outbox_event AS e
 WHERE lane = ANY(ARRAY[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]::smallint[])
     AND position > %(after)s AND position <= %(last)s AND type = ANY(%(types)s::text[])
     AND (%(since)s::timestamptz IS NULL OR occurred_at >= %(since)s)
     AND (%(until)s::timestamptz IS NULL OR occurred_at < %(until)s)
 ORDER BY position LIMIT %(rows)s
-"""
+"""  # noqa: S608 - constants
 _COUNT: Final = """
 SELECT type, count(*) FROM {schema}.outbox_event
 WHERE position > %(after)s AND position <= %(last)s AND type = ANY(%(types)s::text[])
@@ -93,19 +92,20 @@ class Replay:
         sent, position, width = 0, self._selection.after, self._rows
         while position < self._last:
             end = min(position + width, self._last)
-            page = self._page(position, end)
+            page = self._page(position, end, queue)
             if len(page) == self._rows:
                 end, width = page[-1].position, max(width // 2, self._rows)
             elif len(page) < self._rows // 2:
                 width = min(width * 2, _WIDEST)
             if page:
-                bus.send([copy_for(queue, event) for event in page]).wait()
+                bus.send(page).wait()
             sent, position = sent + len(page), end
             yield Progress(sent, position)
 
-    def _page(self, after: int, last: int) -> list[LoggedEvent]:
+    def _page(self, after: int, last: int, queue: str) -> list[OutgoingMessage]:
+        """Addressed to one queue: the inbox there decides whether they are new."""
         rows = self._execute(_PAGE, **self._params(after, last), rows=self._rows)
-        return [LoggedEvent._make(row) for row in rows]
+        return [OutgoingMessage._make((*row, queue, None)) for row in rows]
 
     def _params(self, after: int, last: int) -> dict[str, Any]:
         selection = self._selection

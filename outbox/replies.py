@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from outbox.buses.base import Bus, OutgoingMessage
 from outbox.ids import new_id
-from outbox.reader import NOTHING_SEEN, LoggedEvent, Snapshot
+from outbox.reader import MESSAGE, NOTHING_SEEN, Snapshot
 from outbox.roll_caller import difference
 from outbox.rolls import (
     MOST,
@@ -46,11 +46,11 @@ DELETE FROM {schema}.replay_request WHERE id = (
 _WHO: Final = """
 SELECT l.id, (SELECT queue FROM {schema}.outbox_worker ORDER BY noted_at DESC LIMIT 1) FROM {schema}.outbox_log AS l
 """
-_EVENTS: Final = """
-SELECT e.lane, e.position, e.event_id, e.type, e.key, e.key_seq, e.body FROM {schema}.outbox_event AS e
+_EVENTS: Final = f"""
+SELECT {MESSAGE} FROM {{schema}}.outbox_event AS e
 JOIN unnest(%(lanes)s::smallint[], %(positions)s::bigint[]) AS w (lane, position) USING (lane, position)
 ORDER BY e.position
-"""
+"""  # noqa: S608 - constants
 # The later bound may have been made one with rolls after it: then more is named than was asked for.
 _BOUNDS: Final = """
 SELECT earlier.hi, earlier.snapshot::text, later.hi, later.snapshot::text
@@ -123,14 +123,15 @@ class Replies:
             lanes=[one.lane for one in wanted],
             positions=[one.position for one in wanted],
         )
+        # Addressed to one queue: the inbox there decides whether they are new.
+        found = {UUID(row[0]): OutgoingMessage._make((*row, queue, None)) for row in rows}
         ids = {one.id for one in wanted}
-        events = [event for event in map(LoggedEvent._make, rows) if event.event_id in ids]
-        copies = [copy_for(queue, event) for event in events]
-        gone = ids - {event.event_id for event in events}
+        copies = [message for id, message in found.items() if id in ids]
+        gone = ids - found.keys()
         if gone:
             log.warning("%s asks for %d events that are no longer in the log", queue, len(gone))
             body = encode(Gone(log=log_id, events=tuple(gone)))
-            copies.append(OutgoingMessage(new_id(), GONE, None, body, 0, 0, queue=queue))
+            copies.append(OutgoingMessage(str(new_id()), GONE, None, body, 0, 0, queue=queue))
         return copies
 
     def _page(
@@ -166,24 +167,10 @@ class Replies:
         )
         roll = Roll(log=log_id, type=wanted.type, ask=ask, page=page, records=records(found))
         return OutgoingMessage(
-            new_id(), wanted.type, None, encode(roll), wanted.lane, 0, queue=queue
+            str(new_id()), wanted.type, None, encode(roll), wanted.lane, 0, queue=queue
         )
 
     def _execute(self, template: str, **params: Any) -> list[tuple[Any, ...]]:
         return self._connection.execute(
             in_schema(template, self._schema).encode(), params or None
         ).fetchall()
-
-
-def copy_for(queue: str, event: LoggedEvent) -> OutgoingMessage:
-    """A logged event as it was, addressed to one queue: the inbox there decides whether it is new."""
-    return OutgoingMessage(
-        event.event_id,
-        event.type,
-        event.key,
-        event.body,
-        event.lane,
-        event.position,
-        event.key_seq,
-        queue=queue,
-    )

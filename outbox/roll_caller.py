@@ -20,6 +20,7 @@ from uuid import UUID
 import psycopg
 
 from outbox.buses.base import OutgoingMessage
+from outbox.handed_over import HandedOver
 from outbox.ids import new_id
 from outbox.reader import Cursor, Snapshot
 from outbox.rolls import RECORD_BYTES, Entry, Roll, encode, text_of
@@ -139,12 +140,14 @@ class RollCaller:
         self._called: dict[int, _Called] = {}
         self._quiet: dict[str, _Quiet] = {}
         self._unnamed = 0
+        self._handed = HandedOver(_MOST_AT_ONCE)
         self._called_at = self._tidy_at = 0.0
         self._log: UUID | None = None
         self._ask: str | None = None
 
     def load(self, cursors: Iterable[Cursor], epochs: Mapping[int, int]) -> None:
         """Go on from the stored rolls; a lane without any begins at its cursor in *cursors*."""
+        self._handed.forget()
         wanted = {lane: cursor for cursor in cursors for lane in cursor.his}
         self._called = self._newest(wanted)
         new = {
@@ -160,9 +163,10 @@ class RollCaller:
         # Whoever held the lane may have died before it named what it had handed over.
         self._unnamed = 1
 
-    def handed_over(self, events: int) -> None:
-        """The broker has confirmed *events* more."""
-        self._unnamed += events
+    def handed_over(self, events: Sequence[OutgoingMessage]) -> None:
+        """The broker has confirmed *events*, and with them the cursors at which they end."""
+        self._unnamed += len(events)
+        self._handed.add(events)
 
     def messages(
         self, cursors: Iterable[Cursor], epochs: Mapping[int, int]
@@ -199,9 +203,11 @@ class RollCaller:
         at = datetime.now(UTC)
         for cursor in cursors:
             lanes = [lane for lane in cursor.his if lane in before and lane in epochs]
-            for snapshot in {before[lane].snapshot.text for lane in lanes}:
-                group = [lane for lane in lanes if before[lane].snapshot.text == snapshot]
+            unknown = [lane for lane in lanes if not self._handed.knows(lane)]
+            for snapshot in {before[lane].snapshot.text for lane in unknown}:
+                group = [lane for lane in unknown if before[lane].snapshot.text == snapshot]
                 named |= self._name(group, cursor)
+            named |= self._handed.take(lanes)
             for lane in lanes:
                 last = before[lane]
                 called[lane] = _Called(
@@ -210,6 +216,7 @@ class RollCaller:
         for lane, type in named:
             called[lane].types[type] = (called[lane].seq, at)
         stored = set(self._store(called, epochs))
+        self._handed.begin(stored)
         if stored != called.keys():
             log.info("rolls of lanes %s are another relay's now", sorted(called.keys() - stored))
         self._called = {**before, **{lane: called[lane] for lane in stored}}
@@ -273,7 +280,7 @@ class RollCaller:
         roll = Roll(
             log=self._log, type=type, ask=self._ask, entries=tuple(entries), records=text_of(packed)
         )
-        return OutgoingMessage(new_id(), type, None, encode(roll), entries[0].lane, 0)
+        return OutgoingMessage(str(new_id()), type, None, encode(roll), entries[0].lane, 0)
 
     def _name(self, lanes: Sequence[int], cursor: Cursor) -> dict[tuple[int, str], bytes | None]:
         """By lane and type: what is to be named, None where that is too much for a message."""

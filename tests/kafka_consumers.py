@@ -71,7 +71,10 @@ class BillingOnKafka:
     def send(self, *envelopes: Envelope, **attributes: Any) -> None:
         """To the exchange's topic, as a relay does, and confirmed."""
         self.bus.send(
-            [OutgoingMessage(e.id, e.type, e.key, e.body, 0, 0, **attributes) for e in envelopes]
+            [
+                OutgoingMessage(str(e.id), e.type, e.key, e.body, 0, 0, **attributes)
+                for e in envelopes
+            ]
         ).wait()
 
     @property

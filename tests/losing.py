@@ -197,7 +197,7 @@ class Once:
         self._had: set[Any] = set()
 
     def __call__(self, message: OutgoingMessage) -> bool:
-        if message.event_id in self._had or not self._picks(message):
+        if message.id in self._had or not self._picks(message):
             return False
-        self._had.add(message.event_id)
+        self._had.add(message.id)
         return True

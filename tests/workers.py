@@ -106,7 +106,7 @@ class Billing:
         """To the exchange, as a relay does."""
         message = celery_message(
             OutgoingMessage(
-                envelope.id, envelope.type, envelope.key, envelope.body, 0, 0, **attributes
+                str(envelope.id), envelope.type, envelope.key, envelope.body, 0, 0, **attributes
             )
         )
         self.publish(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
-from uuid import UUID
+from typing import NamedTuple, Protocol
 
 from outbox.buses.topology import Topology
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingMessage:
-    """One event on its way to the broker."""
+class OutgoingMessage(NamedTuple):
+    """One event on its way to the broker, as the database gives it: there are many, so nothing is made of it twice."""
 
-    event_id: UUID
+    id: str
+    """The event's id, as text."""
     type: str
     key: str | None
     body: bytes

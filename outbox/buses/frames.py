@@ -57,7 +57,7 @@ class FrameEncoder:
         if template is None:
             template = self._remember(exchange, routing_key, message.type)
         body = message_body(message)
-        properties = str(message.event_id).encode().join(template.properties)
+        properties = message.id.encode().join(template.properties)
         frames = [template.method, template.head, pack(">Q", len(body)), properties]
         for start in range(0, len(body), self._largest_body_frame):
             part = body[start : start + self._largest_body_frame]

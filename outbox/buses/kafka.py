@@ -205,7 +205,7 @@ class _Producer:
                 if self._why:
                     raise self.error from None
             except KafkaException as error:
-                self.failed(error.args[0], topic, f"event {message.event_id}: ")
+                self.failed(error.args[0], topic, f"event {message.id}: ")
                 raise self.error from error
 
     def serve(self, timeout: float) -> None:

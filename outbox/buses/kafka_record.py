@@ -30,7 +30,7 @@ class RecordEncoder:
 
     def encode(self, message: OutgoingMessage) -> tuple[bytes, Headers]:
         """The event's key, without one its id, so that copies of it meet in one partition; and the headers."""
-        event_id = str(message.event_id).encode()
+        event_id = message.id.encode()
         headers = [*self._known(message.type), (ID_HEADER, event_id)]
         if message.handler is not None or message.key_seq is not None:
             keywords = json.dumps(message_keywords(message)).encode()

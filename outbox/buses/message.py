@@ -32,9 +32,7 @@ class CeleryMessage:
 
 def celery_message(message: OutgoingMessage) -> CeleryMessage:
     """The Celery message for an event."""
-    return CeleryMessage(
-        message_body(message), message_headers(message.type, str(message.event_id))
-    )
+    return CeleryMessage(message_body(message), message_headers(message.type, message.id))
 
 
 def message_headers(event_type: str, event_id: str) -> dict[str, Any]:

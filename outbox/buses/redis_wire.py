@@ -53,7 +53,7 @@ class EntryEncoder:
         return b"%b%b%b%b-%d%b" % (
             template.before_body,
             b64encode(body),
-            str(message.event_id).encode().join(template.before_tag),
+            message.id.encode().join(template.before_tag),
             self._tag_prefix,
             next(self._numbers),
             template.after_tag,

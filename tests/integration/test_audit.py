@@ -77,7 +77,7 @@ def test_the_audit_lists_exactly_what_is_missing_and_has_it_sent(pair: Pair) -> 
     code, document = audit(pair)
     assert code == 1
     assert by_type(document) == {"thing.made": (10, 2), "thing.sold": (5, 1)}
-    lost = {str(one.event_id) for one in pair.wire.lost}
+    lost = {one.id for one in pair.wire.lost}
     assert {id for line in document["lines"] for id in line["first"]} == lost
 
     assert audit(pair, "--repair")[0] == 1

@@ -33,11 +33,11 @@ TYPE = "order.created"
 
 def batch(count: int, size: int = 0) -> list[OutgoingMessage]:
     body = json.dumps({"x": "y" * size}).encode()
-    return [OutgoingMessage(uuid4(), TYPE, None, body, 0, 1) for _ in range(count)]
+    return [OutgoingMessage(str(uuid4()), TYPE, None, body, 0, 1) for _ in range(count)]
 
 
 def ids(messages: Sequence[OutgoingMessage]) -> set[UUID]:
-    return {message.event_id for message in messages}
+    return {UUID(message.id) for message in messages}
 
 
 def deliver(bus: Bus, messages: Sequence[OutgoingMessage]) -> None:
@@ -102,7 +102,7 @@ def test_a_full_queue_refuses_and_takes_the_rest_once_there_is_room(
             bus.send(messages).wait()
         channel.queue_purge(queue)
         bus.send(messages[:1]).wait()
-    assert in_queue(rabbitmq_url, queue) == [messages[0].event_id]
+    assert in_queue(rabbitmq_url, queue) == [UUID(messages[0].id)]
     bus.close()
 
 
@@ -111,7 +111,7 @@ def test_a_message_for_a_queue_that_is_not_there_is_an_error_and_not_lost_in_sil
 ) -> None:
     bus = RabbitMQBus(rabbitmq_url, unique_name)
     (one,) = batch(1)
-    to_one_queue = OutgoingMessage(one.event_id, TYPE, None, b"{}", 0, 1, queue=f"{unique_name}.no")
+    to_one_queue = OutgoingMessage(one.id, TYPE, None, b"{}", 0, 1, queue=f"{unique_name}.no")
     with pytest.raises(BusError, match="there is no queue"):
         bus.send([to_one_queue]).wait()
     bus.send([one]).wait()
@@ -130,7 +130,7 @@ def test_a_channel_that_the_broker_closed_in_mid_batch_confirms_nothing(
         bus.declare(Topology(queue, (TYPE,), unique_name))
         messages = batch(1)
         bus.send(messages).wait()
-        assert messages[0].event_id in in_queue(rabbitmq_url, queue)
+        assert UUID(messages[0].id) in in_queue(rabbitmq_url, queue)
 
 
 def test_a_connection_that_breaks_within_a_message_confirms_nothing(
@@ -225,7 +225,7 @@ def test_when_one_rabbitmq_dies_the_next_url_is_used(
         with pytest.raises(BusError):
             bus.send(messages).wait()
         bus.send(messages).wait()
-        assert in_queue(rabbitmq_url, queue) == [message.event_id for message in messages]
+        assert in_queue(rabbitmq_url, queue) == [UUID(message.id) for message in messages]
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_rabbitmq_over_tls_takes_a_batch_and_is_refused_without_its_authority(
             confirmation.wait()
         bus.keep_alive()
         found = in_queue(rabbitmq_with_tls.url, queue)
-    assert found == [message.event_id for message in messages]
+    assert found == [UUID(message.id) for message in messages]
     with pytest.raises(BusError, match="certificate verify failed"):
         open_bus(url, unique_name).send(batch(1))
     with opened(f"{url}?ssl_cert_reqs=none", f"{unique_name}.unverified") as (bus, queue):
@@ -278,7 +278,7 @@ def test_redis_that_is_killed_keeps_what_it_confirmed_and_takes_the_rest_when_it
             bus.send(late).wait()
         private_redis.start()
         deliver(bus, late)
-        assert in_queue(private_redis.url, queue) == [one.event_id for one in confirmed + late]
+        assert in_queue(private_redis.url, queue) == [UUID(one.id) for one in confirmed + late]
 
 
 def test_redis_that_closed_an_idle_connection_is_connected_to_again_without_an_error(
@@ -304,7 +304,7 @@ def test_redis_out_of_memory_confirms_nothing(private_redis: LocalRedis, unique_
             client.config_set("maxmemory", "0")
         messages = batch(1)
         bus.send(messages).wait()
-        assert messages[0].event_id in in_queue(private_redis.url, queue)
+        assert UUID(messages[0].id) in in_queue(private_redis.url, queue)
 
 
 def test_an_event_after_a_queue_was_bound_reaches_it_although_the_bindings_are_remembered(
@@ -318,7 +318,7 @@ def test_an_event_after_a_queue_was_bound_reaches_it_although_the_bindings_are_r
         with pytest.raises(BusError, match="bindings were added or removed"):
             bus.send(messages).wait()
         bus.send(messages).wait()
-        assert in_queue(redis_url, second) == [message.event_id for message in messages]
+        assert in_queue(redis_url, second) == [UUID(message.id) for message in messages]
         assert ids(messages) <= set(in_queue(redis_url, first))
 
 

@@ -23,7 +23,7 @@ def message(
 ) -> OutgoingMessage:
     options.setdefault("key", None)
     return OutgoingMessage(
-        event_id=uuid4(), type=event_type, body=body, lane=0, position=1, **options
+        id=str(uuid4()), type=event_type, body=body, lane=0, position=1, **options
     )  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def test_an_event_arrives_byte_for_byte_as_a_cloudevent(kafka: MockKafka, bus: B
     assert dict(found.headers()) == {
         "content-type": b"application/cloudevents+json; charset=UTF-8",
         "ce_type": b"order.created",
-        "ce_id": str(sent.event_id).encode(),
+        "ce_id": sent.id.encode(),
     }
 
 
@@ -74,7 +74,7 @@ def test_an_event_without_a_key_goes_by_its_id(kafka: MockKafka, bus: Bus) -> No
     sent = message()
     bus.send([sent, sent]).wait()
     one, two = records(kafka.servers, "events.order", 2)
-    assert one.key() == two.key() == str(sent.event_id).encode()
+    assert one.key() == two.key() == sent.id.encode()
 
 
 def test_what_is_for_one_service_goes_to_its_own_topic(kafka: MockKafka, bus: Bus) -> None:
@@ -132,7 +132,7 @@ def test_a_record_too_large_for_the_topic_says_what_to_raise(kafka: MockKafka, b
 def test_a_record_too_large_for_the_client_is_named(kafka: MockKafka) -> None:
     bus = open_bus(f"{kafka.url}&message.max.bytes=10000")
     large = message(body=b"x" * 20_000)
-    with pytest.raises(BusError, match=f"event {large.event_id}: "):
+    with pytest.raises(BusError, match=f"event {large.id}: "):
         bus.send([message(), large])
     bus.send([message()]).wait()
     bus.close()

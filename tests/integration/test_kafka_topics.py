@@ -107,7 +107,7 @@ def test_a_real_broker_has_the_topics_and_takes_the_largest_event(
     there = AdminClient(KafkaSettings.of(broker_url).client()).list_topics(timeout=10).topics
     assert [len(there[name].partitions) for name in (queue, f"{unique_name}.order")] == [3, 3]
     largest = b'{"x":"' + b"y" * 1_048_568 + b'"}'
-    bus.send([OutgoingMessage(new_id(), "order.created", "k", largest, 0, 1)]).wait()
+    bus.send([OutgoingMessage(str(new_id()), "order.created", "k", largest, 0, 1)]).wait()
     servers = KafkaSettings.of(broker_url).servers
     assert records(servers, f"{unique_name}.order", 1)[0].value() == largest
     bus.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine
@@ -195,4 +196,4 @@ def test_an_event_that_the_log_has_no_more_is_said_to_be_gone(pair: Pair) -> Non
             return bool(pair.holes) and pair.holes[0].gone_at is not None
 
         eventually(is_gone, 20, lambda: pair.holes)
-    assert [hole.event_id for hole in pair.holes] == [lost.event_id]
+    assert [hole.event_id for hole in pair.holes] == [UUID(lost.id)]

@@ -26,7 +26,7 @@ from outbox.limits import DEFAULT_LIMITS
 
 
 def body_of(text: str, **attributes: Any) -> bytes:
-    message = OutgoingMessage(uuid4(), "order.placed", None, text.encode(), 0, 0, **attributes)
+    message = OutgoingMessage(str(uuid4()), "order.placed", None, text.encode(), 0, 0, **attributes)
     return celery_message(message).body
 
 

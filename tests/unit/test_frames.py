@@ -42,7 +42,7 @@ def as_py_amqp_writes(message: OutgoingMessage, exchange: str, key: str, frame_m
     content = Message(
         message_body(message),
         channel=None,
-        **message_properties(message.type, str(message.event_id)),
+        **message_properties(message.type, message.id),
     )
     # A message for one queue is mandatory: it must not vanish when that queue is not there.
     arguments = dumps("Bssbb", (0, exchange, key, not exchange, False))
@@ -62,7 +62,7 @@ def test_frames_equal_those_of_py_amqp(
 ) -> None:
     body = json.dumps({"text": text * repeat}).encode()
     message = OutgoingMessage(
-        event_id=uuid4(), type=event_type, key=None, body=body, lane=0, position=1
+        id=str(uuid4()), type=event_type, key=None, body=body, lane=0, position=1
     )
     encoder = FrameEncoder(1, frame_max)
     for _ in range(2):
@@ -76,7 +76,7 @@ def test_the_body_is_json_that_holds_the_envelope_unchanged(body: str) -> None:
     if any("\ud800" <= char <= "\udfff" for char in body):
         return
     message = OutgoingMessage(
-        event_id=uuid4(), type="a.b", key=None, body=body.encode(), lane=0, position=1
+        id=str(uuid4()), type="a.b", key=None, body=body.encode(), lane=0, position=1
     )
     assert json.loads(message_body(message)) == [[body], {}, {}]
 

@@ -38,7 +38,7 @@ def replay(missing: Sequence[Missing], broker_url: str) -> int:
     try:
         messages = {
             (each.service, each.event.event_id): OutgoingMessage(
-                event_id=each.event.event_id,
+                id=str(each.event.event_id),
                 type=each.event.type,
                 key=each.event.key,
                 body=each.event.body,

@@ -229,7 +229,7 @@ def _is_quarantined(billing: Billing, raw: bytes) -> list[Any]:
 
 def _message(envelope: Any) -> Any:
     return celery_message(
-        OutgoingMessage(envelope.id, envelope.type, envelope.key, envelope.body, 0, 0)
+        OutgoingMessage(str(envelope.id), envelope.type, envelope.key, envelope.body, 0, 0)
     )
 
 
