@@ -150,15 +150,10 @@ class LogReader:
         schema: str = DEFAULT_SCHEMA,
         *,
         arms: Iterable[str] = tuple(_ARMS),
-        prepare: bool = True,
     ) -> None:
-        """*prepare*: whether statements may be prepared (not so behind some transaction poolers).
-
-        *arms* exists for the tests that show what each arm is for.
-        """
+        """*arms* exists for the tests that show what each arm is for."""
         self._connection = connection
         self._schema = schema
-        self._prepare = prepare or None
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
 
@@ -249,7 +244,7 @@ class LogReader:
 
     def _rows(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
         with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
-            cursor.execute(sql.encode(), params, prepare=self._prepare)
+            cursor.execute(sql.encode(), params, prepare=True)
             return cursor.fetchall()
 
 

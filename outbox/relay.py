@@ -29,6 +29,7 @@ from outbox.errors import BusError, ConfigurationError, SchemaError
 from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
 from outbox.partitions import RETENTION, Partitions
 from outbox.pipeline import Pipeline, RelayStats
+from outbox.pooler import prepare_nothing_if_pooled
 from outbox.reader import LogReader
 from outbox.replies import Replies
 from outbox.roll_caller import STANDINGS, RollCaller
@@ -62,8 +63,8 @@ class RelaySettings:
     """How often subscribers are told what was sent, so that they miss what is lost (`outbox.rolls`); None: never."""
     standings: tuple[timedelta, ...] = STANDINGS
     """After how long that is repeated for a type of which nothing more comes, each time; the last again and again."""
-    prepare: bool = True
-    """Whether statements may be prepared: False behind a transaction pooler that does not support it."""
+    prepare: bool | None = None
+    """Whether statements are prepared; None: unless a pooler stands between (`outbox.pooler`)."""
 
 
 @dataclass
@@ -248,17 +249,20 @@ class Relay:
         check_cluster(connection, self._schema)
 
     def _connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(
+        connection = psycopg.connect(
             self._conninfo,
             autocommit=True,
             connect_timeout=10,
-            prepare_threshold=5 if self._settings.prepare else None,
+            prepare_threshold=None if self._settings.prepare is False else 5,
             application_name="outbox relay",
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
             tcp_user_timeout=30_000,
         )
+        if self._settings.prepare is None:
+            prepare_nothing_if_pooled(connection)
+        return connection
 
     def _on(self, connection: psycopg.Connection[Any]) -> _Connected:
         settings = self._settings
@@ -272,7 +276,7 @@ class Relay:
         )
         pipeline = Pipeline(
             connection,
-            LogReader(connection, self._schema, prepare=settings.prepare),
+            LogReader(connection, self._schema),
             cursors,
             self._bus,
             rolls,

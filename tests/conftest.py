@@ -13,7 +13,13 @@ from sqlalchemy import Engine, create_engine, make_url
 
 from tests import containers, servers
 from tests.databases import Databases
-from tests.local_servers import LocalPostgres, LocalRabbitMQ, LocalRedis, LocalServer
+from tests.local_servers import (
+    LocalPgBouncer,
+    LocalPostgres,
+    LocalRabbitMQ,
+    LocalRedis,
+    LocalServer,
+)
 from tests.servers import Room, Unavailable
 
 ROOM = pytest.StashKey[Room]()
@@ -236,6 +242,23 @@ def private_rabbitmq(room: Room) -> Iterator[LocalRabbitMQ]:
     if reason is not None:
         _do_without(reason)
     yield from _private(LocalRabbitMQ(room.private_directory()))
+
+
+@pytest.fixture
+def make_pooler(room: Room) -> Iterator[Callable[..., LocalPgBouncer]]:
+    """Starts a pgbouncer of the test's own in front of the database at a URL; `mode` is its pool_mode."""
+    if LocalPgBouncer.program() is None:
+        _do_without("no pgbouncer is installed")
+    made: list[LocalPgBouncer] = []
+
+    def make(database_url: str, **options: Any) -> LocalPgBouncer:
+        made.append(LocalPgBouncer(room.private_directory(), database_url, **options))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.discard()
 
 
 def _private(server: Server) -> Iterator[Server]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import psutil
+from sqlalchemy import make_url
 
 READY_WITHIN = 60.0
 STOPPED_WITHIN = 20.0
@@ -362,5 +363,71 @@ class LocalRabbitMQ(LocalServer):
             with Connection(self.url, connect_timeout=5) as connection:
                 connection.connect()
         except (OSError, AMQPError):
+            return False
+        return True
+
+
+class LocalPgBouncer(LocalServer):
+    """The pgbouncer that the machine has installed, in front of one PostgreSQL.
+
+    Each database gets two server connections, taken in turn: two statements of one client that are
+    not in one transaction run in two sessions.
+    """
+
+    name = "pgbouncer"
+    stop_signal = signal.SIGINT
+
+    def __init__(self, directory: Path, database_url: str, *, mode: str = "transaction") -> None:
+        super().__init__(directory)
+        self._before = make_url(database_url)
+        self._mode = mode
+
+    @staticmethod
+    def program() -> str | None:
+        return shutil.which("pgbouncer", path=os.pathsep.join((os.defpath, "/usr/sbin")))
+
+    @property
+    def url(self) -> str:
+        """The database that was named; through it any other of the same server."""
+        return self.url_of(self._before.render_as_string(hide_password=False))
+
+    def url_of(self, database_url: str) -> str:
+        """A database of the same server, by way of the pooler."""
+        url = make_url(database_url).set(host="127.0.0.1", port=self.port)
+        return url.render_as_string(hide_password=False)
+
+    def _prepare(self) -> None:
+        there = {
+            "host": self._before.host,
+            "port": self._before.port or 5432,
+            "user": self._before.username,
+            "password": self._before.password,
+        }
+        target = " ".join(f"{name}={value}" for name, value in there.items() if value)
+        (self.directory / "pgbouncer.ini").write_text(
+            f"[databases]\n* = {target}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
+            f"pool_mode = {self._mode}\ndefault_pool_size = 2\nserver_round_robin = 1\n"
+            "max_client_conn = 200\n"
+        )
+        if self._user():
+            for path in (self.directory, self.directory / "pgbouncer.ini"):
+                shutil.chown(path, self._user())
+
+    def _command(self) -> list[str]:
+        program = self.program()
+        if program is None:
+            raise ServerFailed("no pgbouncer")
+        return [program, str(self.directory / "pgbouncer.ini")]
+
+    def _user(self) -> str | None:
+        return "nobody" if os.geteuid() == 0 else None  # it does not run as root
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url.replace("+psycopg", ""), connect_timeout=5).close()
+        except psycopg.OperationalError:
             return False
         return True

@@ -7,6 +7,8 @@ import threading
 
 from sqlalchemy import URL, Engine, create_engine, make_url
 
+from outbox.pooler import mind_poolers
+
 
 class ForkSafeEngine:
     """Gives the engine, made when first asked for in this process.
@@ -39,7 +41,7 @@ class ForkSafeEngine:
                 self._given.dispose(close=False)
             return self._given
         assert self._url is not None
-        return create_engine(
+        engine = create_engine(
             self._url,
             # One per thread that asks; the worker's concurrency bounds them.
             pool_size=1_000,
@@ -54,6 +56,7 @@ class ForkSafeEngine:
                 "tcp_user_timeout": 30_000,
             },
         )
+        return mind_poolers(engine)
 
 
 def with_psycopg(source: str | URL) -> URL:

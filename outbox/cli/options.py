@@ -107,6 +107,8 @@ def database(url: str, command: str) -> Iterator[Engine]:
     from sqlalchemy.exc import ArgumentError
     from sqlalchemy.pool import NullPool
 
+    from outbox.pooler import mind_poolers
+
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -123,7 +125,7 @@ def database(url: str, command: str) -> Iterator[Engine]:
         connect_args={"fallback_application_name": f"outbox {command}", "connect_timeout": 10},
     )
     try:
-        yield engine
+        yield mind_poolers(engine)
     finally:
         engine.dispose()
 

@@ -35,9 +35,9 @@ _DEFAULTS = RelaySettings()
     help="How long delivered events are kept, for replay.",
 )
 @click.option(
-    "--no-prepare",
-    is_flag=True,
-    help="Prepare no statements: for a transaction pooler that cannot have them.",
+    "--prepare/--no-prepare",
+    default=None,
+    help="Prepare statements.  [default: unless a pooler is between]",
 )
 @options.log_level
 @options.as_json
@@ -48,7 +48,7 @@ def command(
     schema: str,
     exchange: str,
     retention: float,
-    no_prepare: bool,
+    prepare: bool | None,
     log_level: str,
     as_json: bool,
 ) -> None:
@@ -59,7 +59,7 @@ def command(
     comes next. With --json the last line of output says what was done.
     """
     log_to_stderr(log_level)
-    settings = RelaySettings(retention=retention * _DAY, prepare=not no_prepare)
+    settings = RelaySettings(retention=retention * _DAY, prepare=prepare)
     bus = open_bus(broker_url, exchange)
     relay = Relay(database_url, bus, schema=schema, settings=settings)
     stopping = threading.Event()

@@ -6,6 +6,8 @@ import socket
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from sqlalchemy import text
+
 from outbox.doctor.finding import Answer, fail, ok, warn
 from outbox.doctor.patient import Patient
 
@@ -15,6 +17,7 @@ FORGOTTEN_PREPARED_TRANSACTION: Final = timedelta(minutes=10)
 SKEW_WORTH_KNOWING: Final = timedelta(seconds=2)
 SKEW_THAT_BREAKS: Final = timedelta(minutes=1)
 
+_SERVED_BY: Final = "SELECT pg_backend_pid()"
 _MILLISECONDS: Final = "SELECT setting FROM pg_settings WHERE name = :name"
 
 
@@ -118,12 +121,22 @@ def timeouts(patient: Patient) -> Answer:
 def pooler(patient: Patient) -> Answer:
     connection: Any = patient.connection.connection.driver_connection
     told = connection.info.backend_pid
-    served_by = {patient.one("SELECT pg_backend_pid()") for _ in range(5)}
+    served_by = {patient.one(_SERVED_BY) for _ in range(5)}
     if served_by == {told}:
         return ok("no pooler between")
-    if len(served_by) > 1:
-        return ok("a pooler in transaction mode: nothing here relies on a session")
-    return ok("a pooler: in session mode, or alone on it just now")
+    if len(served_by) > 1 or _is_served_by(patient, served_by):
+        return ok(
+            "a pooler in transaction mode: nothing here relies on a session; applications that publish "
+            "connect with prepare_threshold=None, unless it keeps prepared statements"
+        )
+    return ok("a pooler in session mode")
+
+
+def _is_served_by(patient: Patient, sessions: set[Any]) -> bool:
+    """Whether a second client is served by *sessions* of the first, which is still there."""
+    with patient.connection.engine.connect() as second:
+        second.execution_options(isolation_level="AUTOCOMMIT")
+        return any(second.scalar(text(_SERVED_BY)) in sessions for _ in range(5))
 
 
 def clock_skew(patient: Patient) -> Answer:
