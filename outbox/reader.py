@@ -239,7 +239,7 @@ class LogReader:
 
     def _messages(self, sql: str, **params: Any) -> list[OutgoingMessage]:
         with self._connection.cursor(row_factory=_message_row, binary=True) as cursor:
-            cursor.execute(sql.encode(), params, prepare=self._prepare)
+            cursor.execute(sql.encode(), params, prepare=True)
             return cursor.fetchall()
 
     def _rows(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
