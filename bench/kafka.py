@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import URL
 
 from bench.figures import Figure, Timer
-from bench.relaying import BODY, relaying
+from bench.relaying import relaying
+from outbox.buses.base import OutgoingMessage
 
 EVENTS = 100_000
+BODY = b'{"id":%d,"x":"' + b"y" * 260 + b'"}'
 
 _SERVE = """
 import sys
@@ -48,9 +51,13 @@ def _nothing(url: str) -> Iterator[str]:
 
 
 def _bare(url: str) -> Any:
-    """Idempotent as ours, each body under a key; says nothing unless something fails."""
+    """The same records as ours, made beforehand: value, key and headers, as idempotently, as safely and as compressed.
+
+    It says nothing unless something fails. (Without the headers it is twice as fast.)
+    """
     from confluent_kafka import Producer
 
+    from outbox.buses.kafka_record import RecordEncoder
     from outbox.buses.kafka_settings import KafkaSettings
 
     failed: list[Any] = []
@@ -58,18 +65,24 @@ def _bare(url: str) -> Any:
         "enable.idempotence": True,
         "acks": "all",
         "linger.ms": 5,
+        "compression.type": "lz4",
         "queue.buffering.max.messages": 1_000_000,
         "delivery.report.only.error": True,
         "on_delivery": lambda error, _: failed.append(error),
         "log_level": 2,
     }
     producer: Any = Producer(KafkaSettings.of(url).client(fixed=fixed))
+    events = [
+        OutgoingMessage(str(uuid4()), "order.created", str(number), BODY % number, 0, 0)
+        for number in range(EVENTS)
+    ]
+    topics = {("order.created", None): "bench.control"}
 
     def produce(timer: Timer) -> None:
-        keys = [b"%d" % number for number in range(EVENTS)]
+        records = list(RecordEncoder().records(events, topics))
         with timer.counting(EVENTS):
-            for key in keys:
-                producer.produce("bench.control", BODY, key)
+            for topic, body, key, headers in records:
+                producer.produce(topic, body, key, headers=headers)
             assert producer.flush(30) == 0
         assert not failed, failed[0]
 

@@ -47,7 +47,7 @@ _LASTED: Final = 10.0
 class RelaySettings:
     """How a relay works. The defaults suit most."""
 
-    page_rows: int = 500
+    page_rows: int = 125
     """Fresh events read of each lane at a time."""
     page_bytes: int = 4_000_000
     """Pages get smaller when they are larger than this."""
@@ -56,7 +56,7 @@ class RelaySettings:
     longest_pause: timedelta = timedelta(milliseconds=250)
     time_to_live: timedelta = TIME_TO_LIVE
     """How long after a relay's death its lanes are taken over."""
-    in_flight: int = 2
+    in_flight: int = 4
     """Pages that may wait for the broker's confirmation."""
     retention: timedelta = RETENTION
     rolls: timedelta | None = timedelta(seconds=5)

@@ -8,18 +8,23 @@ the header `outbox`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from outbox.buses.base import OutgoingMessage
-from outbox.buses.message import message_keywords
+from outbox.buses.message import keywords_of
 
 CONTENT_TYPE: Final = b"application/cloudevents+json; charset=UTF-8"
 TYPE_HEADER: Final = "ce_type"
 ID_HEADER: Final = "ce_id"
 KEYWORDS_HEADER: Final = "outbox"
 
+ID_PLACE: Final = 2
+"""Where the event's id stands among the headers."""
+
 Headers = list[tuple[str, bytes]]
+Record = tuple[str, bytes, bytes, Headers]
+"""Topic, value, key and headers."""
 
 
 class RecordEncoder:
@@ -28,14 +33,20 @@ class RecordEncoder:
     def __init__(self) -> None:
         self._of_type: dict[str, Headers] = {}
 
-    def encode(self, message: OutgoingMessage) -> tuple[bytes, Headers]:
-        """The event's key, without one its id, so that copies of it meet in one partition; and the headers."""
-        event_id = message.id.encode()
-        headers = [*self._known(message.type), (ID_HEADER, event_id)]
-        if message.handler is not None or message.key_seq is not None:
-            keywords = json.dumps(message_keywords(message)).encode()
-            headers.append((KEYWORDS_HEADER, keywords))
-        return event_id if message.key is None else message.key.encode(), headers
+    def records(
+        self, batch: Sequence[OutgoingMessage], topics: Mapping[tuple[str, str | None], str]
+    ) -> Iterator[Record]:
+        """The batch's records; *topics*: by type and queue.
+
+        The key is the event's, without one its id, so that copies of it meet in one partition.
+        """
+        for id, type, key, body, _, _, key_seq, queue, handler in batch:
+            encoded_id = id.encode()
+            headers = [*self._known(type), (ID_HEADER, encoded_id)]
+            if handler is not None or key_seq is not None:
+                keywords = json.dumps(keywords_of(handler, key_seq)).encode()
+                headers.append((KEYWORDS_HEADER, keywords))
+            yield topics[type, queue], body, encoded_id if key is None else key.encode(), headers
 
     def _known(self, event_type: str) -> Headers:
         known = self._of_type.get(event_type)

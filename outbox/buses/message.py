@@ -55,18 +55,18 @@ def message_body(message: OutgoingMessage) -> bytes:
     # Bytes that are no UTF-8 can only have been written around `publish`; they must not stop the relay, and will be
     # quarantined where they arrive.
     text = message.body.decode("utf-8", "replace")
-    keywords = message_keywords(message)
+    keywords = keywords_of(message.handler, message.key_seq)
     if keywords or not text.isprintable():
         return json.dumps([[text], keywords, {}], ensure_ascii=False).encode()
     # JSON text needs no more escaping than this to become a JSON string, as long as it holds no control characters.
     return b'[["' + text.replace("\\", "\\\\").replace('"', '\\"').encode() + _NO_KEYWORDS
 
 
-def message_keywords(message: OutgoingMessage) -> dict[str, Any]:
+def keywords_of(handler: str | None, key_seq: int | None) -> dict[str, Any]:
     """What the receiver is told beside the envelope."""
     keywords: dict[str, Any] = {}
-    if message.handler is not None:
-        keywords["handler"] = message.handler
-    if message.key_seq is not None:
-        keywords["key_seq"] = message.key_seq
+    if handler is not None:
+        keywords["handler"] = handler
+    if key_seq is not None:
+        keywords["key_seq"] = key_seq
     return keywords
