@@ -31,7 +31,8 @@ _BEAT = """
 INSERT INTO {schema}.outbox_heartbeat (relay_id, seq, expires_at, host)
 VALUES (%(relay)s, %(seq)s, clock_timestamp() + %(ttl)s, %(host)s)
 """
-# A handful of rows a minute per relay; the newest is what counts, and the index leads to it past any dead ones.
+# A handful of rows a minute per relay. While the xmin horizon is held they stay as dead ones, and what is asked every
+# second has to pass them by: both questions read an index from its newest end, to a bound.
 _FORGET_BEATS = """
 DELETE FROM {schema}.outbox_heartbeat WHERE expires_at < clock_timestamp() - interval '1 minute'
 """
@@ -41,10 +42,16 @@ USING (SELECT lane, max(epoch) AS newest FROM {schema}.outbox_lease GROUP BY lan
 WHERE old.lane = l.lane AND old.epoch < l.newest - 10
 """
 _LIVE = """
-SELECT relay_id FROM {schema}.outbox_heartbeat GROUP BY relay_id HAVING max(expires_at) > clock_timestamp()
+SELECT DISTINCT relay_id FROM (
+    SELECT relay_id FROM {schema}.outbox_heartbeat WHERE expires_at > statement_timestamp()
+    ORDER BY expires_at DESC LIMIT 10000
+) AS live
 """
 _HOLDERS = """
-SELECT DISTINCT ON (lane) lane, epoch, relay_id FROM {schema}.outbox_lease ORDER BY lane, epoch DESC
+SELECT l.lane, l.epoch, l.relay_id FROM generate_series(0, 15) AS lanes (lane)
+CROSS JOIN LATERAL (
+    SELECT * FROM {schema}.outbox_lease AS e WHERE e.lane = lanes.lane ORDER BY e.epoch DESC LIMIT 1
+) AS l
 """
 _CLAIM = """
 INSERT INTO {schema}.outbox_lease (lane, epoch, relay_id)

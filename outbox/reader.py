@@ -50,18 +50,22 @@ CROSS JOIN LATERAL (
 ) AS f
 """  # noqa: S608 - constants
 # Lanes are picked out by the caller, and what is not below `hi` of its own lane: a condition on `lane` would offer the
-# planner the primary key, and with it the whole history. The lane comes turned over: that tells them from fresh rows.
+# planner the primary key, and with it the whole history. For the same end the xids are looked up one by one, and rows
+# come in the order of the index `(xid, position)`: for `xid = ANY(...)` a generic plan, made for a log that few large
+# transactions have written, goes through all positions. The lane comes turned over: that tells them from fresh rows.
 _LATE = f"""
 SELECT {MESSAGE.replace("e.lane", "~e.lane")}, NULL::text, NULL::text FROM {{schema}}.outbox_event AS e
 """  # noqa: S608 - constants
 _ENDED_SINCE = f"""
-({_LATE}
-WHERE e.xid = ANY(%(running)s::text[]::xid8[]) AND e.position <= %(highest)s LIMIT %(rows)s + 1)
-"""
+(SELECT f.* FROM unnest(%(running)s::text[]::xid8[]) AS r (xid) CROSS JOIN LATERAL (
+    {_LATE}
+    WHERE e.xid = r.xid AND e.position <= %(highest)s ORDER BY e.xid, e.position LIMIT %(rows)s + 1
+) AS f LIMIT %(rows)s + 1)
+"""  # noqa: S608 - constants
 _BEGUN_SINCE = f"""
 ({_LATE}
 WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(ceiling)s::text::xid8 AND e.position <= %(highest)s
-LIMIT %(rows)s + 1)
+ORDER BY e.xid, e.position LIMIT %(rows)s + 1)
 """
 # One more row brings the snapshot that all the others were seen in, and how far the log is durable.
 _SEEN_IN = f"""

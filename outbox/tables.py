@@ -174,6 +174,7 @@ def _cursors_and_leases(metadata: MetaData, schema: str) -> None:
         moment("expires_at", default=False),
         Column("host", Text, nullable=False),
         PrimaryKeyConstraint("relay_id", "seq"),
+        Index("outbox_heartbeat_expires", "expires_at"),
         schema=schema,
     )
     own_table(

@@ -75,6 +75,7 @@ UP: Final = (
         PRIMARY KEY (relay_id, seq)
     )
     """,
+    "CREATE INDEX outbox_heartbeat_expires ON {schema}.outbox_heartbeat (expires_at)",
     # Snapshots and xids mean nothing in another cluster: the relay compares before it reads.
     """
     CREATE TABLE {schema}.outbox_cluster (

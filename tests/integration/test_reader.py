@@ -160,36 +160,6 @@ def test_an_unchanged_cluster_is_noticed_without_reading(connect: Connect) -> No
     assert not log.unchanged_since(cursor)
 
 
-def test_a_page_right_after_a_late_commit_costs_no_more_than_its_rows_under_any_plan(
-    connect: Connect,
-) -> None:
-    late, bulk = connect(), connect()
-    insert(late, "late")
-    bulk.execute(
-        "INSERT INTO outbox.outbox_event (lane, event_id, type, version, body) SELECT i % 16, gen_random_uuid(), "
-        "'thing.made', 1, 'x' FROM generate_series(1, 100000) AS i"
-    )
-    bulk.commit()
-    bulk.execute("ANALYZE outbox.outbox_event")
-    bulk.commit()
-    log = reader(connect)
-    _, cursor = drain(log, Cursor.at_beginning(range(16)), rows=5000)
-    late.commit()
-    for plan in ("force_custom_plan", "force_generic_plan"):
-        log._connection.execute(f"SET plan_cache_mode = {plan}")
-        params = {
-            "lanes": list(cursor.his), "his": list(cursor.his.values()), "rows": 500,
-            "highest": max(cursor.his.values()), **log._since(cursor),
-        }  # fmt: skip
-        explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + log._page_sql
-        with log._connection.cursor() as asking:
-            plan_json = asking.execute(explain.encode(), params, prepare=True).fetchone()
-        assert plan_json is not None
-        root = plan_json[0][0]["Plan"]
-        assert root["Shared Hit Blocks"] + root["Shared Read Blocks"] < 250, plan
-    assert drain(log, cursor)[0] == ["late"]
-
-
 class Writers:
     """Writers of a few keys with random delays, rollbacks and savepoints; they know what they have committed."""
 

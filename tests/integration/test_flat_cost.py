@@ -1,0 +1,234 @@
+"""What the relay asks costs what it delivers, not what lies behind it: counted in buffers, under both kinds of plans.
+
+A transaction holds the xmin horizon throughout, so that nothing that dies is cleared away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from outbox.cursors import _NEWEST, CursorStore
+from outbox.lanes import _HOLDERS, _LIVE, Leases
+from outbox.reader import Cursor, LogReader, Snapshot
+from outbox.sql import in_schema
+from tests.databases import Databases
+
+BEHIND = 200_000
+FRESH = 160
+LANES = list(range(16))
+FILL = """
+INSERT INTO outbox.outbox_event (lane, event_id, type, version, body)
+SELECT mod(i, 16), gen_random_uuid(), 'thing.made', 1, convert_to(repeat('x', 300), 'UTF8')
+FROM generate_series(1, %s) AS i
+"""
+PLANS = ("force_custom_plan", "force_generic_plan")
+TYPES = {
+    "lanes": "smallint[]",
+    "his": "bigint[]",
+    "rows": "bigint",
+    "highest": "bigint",
+    "running": "text[]",
+    "next": "text",
+    "ceiling": "text",
+}
+
+
+class Log:
+    """A log with so many delivered events, and a horizon that is held from before the first one."""
+
+    def __init__(self, url: str, behind: int) -> None:
+        self._url = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        self._open: list[psycopg.Connection[Any]] = []
+        holder = self.connect(autocommit=False)
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT pg_current_xact_id()")
+        self.connection = self.connect()
+        # The delivered ones lie in two partitions, the fresh ones in the second.
+        for start in (1, 1_000_000):
+            self.connection.execute("SELECT setval('outbox.outbox_event_position', %s)", (start,))
+            self.connection.execute(FILL, (max(behind // 2, 1),))
+        self.connection.execute("ANALYZE outbox.outbox_event")
+        self.cursor = self.read_to_the_end(Cursor.at_beginning(LANES))
+
+    def connect(self, *, autocommit: bool = True) -> psycopg.Connection[Any]:
+        self._open.append(psycopg.connect(self._url, autocommit=autocommit))
+        return self._open[-1]
+
+    def close(self) -> None:
+        for connection in self._open:
+            connection.close()
+
+    def read_to_the_end(self, cursor: Cursor) -> Cursor:
+        reader = LogReader(self.connection)
+        while not (page := reader.read(cursor, 5_000)).complete:
+            cursor = page.cursor
+        return page.cursor
+
+    def page(self, plan: str, cursor: Cursor | None = None) -> Plan:
+        """The plan of the reader's own statement as it was run for one page after *cursor*."""
+        reader, cursor = LogReader(self.connection), cursor or self.cursor
+        given = {
+            "lanes": list(cursor.his),
+            "his": list(cursor.his.values()),
+            "rows": 500,
+            "highest": max(cursor.his.values()),
+            **reader._since(cursor),
+        }
+        return self.explain(reader._page_sql, given, plan)
+
+    def explain(self, sql: str, given: dict[str, Any], plan: str) -> Plan:
+        """As a prepared statement: EXPLAIN of the bare text would be planned for these values, whatever is forced."""
+        names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", sql)))
+        numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", sql)
+        types = ", ".join(TYPES[name] for name in names)
+        head = f"({types})" if names else ""
+        with self.connection.transaction():
+            self.connection.execute(f"SET LOCAL plan_cache_mode = {plan}".encode())
+            self.connection.execute(f"PREPARE asked{head} AS {numbered}".encode())
+            values = ", ".join(f"%s::{TYPES[name]}" for name in names)
+            with psycopg.ClientCursor(self.connection) as asking:
+                asking.execute(
+                    "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE asked"
+                    + (f"({values})" if names else ""),
+                    [given[name] for name in names],
+                )
+                (told,) = asking.fetchone() or ([],)
+            self.connection.execute("DEALLOCATE asked")
+        return Plan(told[0]["Plan"])
+
+
+class Plan:
+    """A plan that was run."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self.buffers: int = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
+        self.rows: int = int(root["Actual Rows"])
+
+    def nodes(self, root: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        root = root or self._root
+        if root.get("Actual Loops"):
+            yield root
+            for child in root.get("Plans", ()):
+                yield from self.nodes(child)
+
+    @property
+    def thrown_away(self) -> int:
+        """Rows that were looked at and not taken."""
+        return sum(int(node.get("Rows Removed by Filter", 0)) for node in self.nodes())
+
+    @property
+    def scans(self) -> set[str]:
+        """How partitions with anything in them were gone through."""
+        return {
+            node["Node Type"]
+            for node in self.nodes()
+            if "Relation Name" in node and node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+        }
+
+
+@pytest.fixture(scope="module")
+def logs(databases: Databases) -> Iterator[dict[str, Log]]:
+    """One with five events behind, one with very many."""
+    urls = [databases.create_migrated() for _ in range(2)]
+    made = {
+        name: Log(url, behind)
+        for name, url, behind in zip(("few", "many"), urls, (5, BEHIND), strict=True)
+    }
+    yield made
+    for log in made.values():
+        log.close()
+    for url in urls:
+        databases.drop(url)
+
+
+@contextmanager
+def fresh_events(log: Log, count: int) -> Iterator[None]:
+    log.connection.execute(FILL, (count,))
+    yield
+    log.cursor = log.read_to_the_end(log.cursor)
+
+
+def buffers_for(rows: int) -> int:
+    """A descent of the index or two for each lane, and as much for the stragglers; then a buffer a row at most."""
+    return rows + 10 * len(LANES)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_page_costs_its_rows_however_many_lie_behind_it(logs: dict[str, Log], plan: str) -> None:
+    for log in logs.values():
+        with fresh_events(log, FRESH):
+            page = log.page(plan)
+        assert page.rows == FRESH + 1
+        assert page.buffers < buffers_for(FRESH)
+    assert page.scans == {"Index Scan"}
+    assert page.thrown_away == 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_empty_page_costs_next_to_nothing_however_many_lie_behind_it(
+    logs: dict[str, Log], plan: str
+) -> None:
+    for log in logs.values():
+        page = log.page(plan)
+        assert page.rows == 1
+        assert page.buffers < buffers_for(0)
+    assert page.scans == {"Index Scan"}
+    assert page.thrown_away == 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_page_right_after_a_late_commit_costs_its_rows_however_many_lie_behind_it(
+    logs: dict[str, Log], plan: str
+) -> None:
+    for log, since in zip(logs.values(), (5, BEHIND), strict=True):
+        late = log.connect(autocommit=False)
+        late.execute(FILL, (3,))
+        log.connection.execute(FILL, (since,))
+        log.cursor = log.read_to_the_end(log.cursor)
+        late.commit()
+        with fresh_events(log, FRESH):
+            page = log.page(plan)
+        assert page.rows == FRESH + 3 + 1
+        assert page.buffers < buffers_for(FRESH + 3)
+    assert page.scans == {"Index Scan"}
+    assert page.thrown_away == 0
+
+
+def test_cursors_and_leases_do_not_rot_while_the_horizon_is_held(logs: dict[str, Log]) -> None:
+    log = logs["few"]
+    leases, store = Leases(log.connection), CursorStore(log.connection)
+    questions = {
+        "cursors": (in_schema(_NEWEST, "outbox"), {"lanes": LANES}),
+        "live relays": (in_schema(_LIVE, "outbox"), {}),
+        "holders": (in_schema(_HOLDERS, "outbox"), {}),
+    }
+    leases.beat()
+    # As after hours: of cursors as they are stored, of four relays' beats, of a relay that starts again and again.
+    for number in range(2_000):
+        store.store(Cursor(dict.fromkeys(LANES, number), Snapshot("100:100:")), leases.held)
+        if number % 100 == 0:
+            store.rotate(when_over=10_000)
+    log.connection.execute(
+        "INSERT INTO outbox.outbox_heartbeat SELECT gen_random_uuid(), i, clock_timestamp() - interval '2 minutes', "
+        "'h' FROM generate_series(1, 100000) AS i"
+    )
+    log.connection.execute(
+        "INSERT INTO outbox.outbox_lease SELECT lane, newest + i, gen_random_uuid() FROM "
+        "(SELECT lane, max(epoch) AS newest FROM outbox.outbox_lease GROUP BY lane) AS l, generate_series(1, 2000) AS i"
+    )
+    later = Leases(log.connection)
+    later.beat()  # its first, which deletes what is old
+    later.release()
+
+    for plan in PLANS:
+        for name, asked in questions.items():
+            assert log.explain(*asked, plan).buffers < buffers_for(0), (name, plan)
+    leases.release()
