@@ -12,6 +12,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
+from outbox.direct import can_write_directly, write_directly
 from outbox.errors import ConfigurationError, NotInTransaction
 
 Rows = list[tuple[Any, ...]]
@@ -56,10 +57,16 @@ def _(connection: Connection) -> Execute:
 
 @executor.register(psycopg.Connection)
 def _(connection: psycopg.Connection[Any]) -> Execute:
-    if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
+    if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
         _refuse_autocommit()
 
     def execute(sql: str, params: Sequence[Any], returns: bool) -> Rows:
+        if (
+            not returns
+            and can_write_directly(connection)
+            and write_directly(connection, sql, params)
+        ):
+            return []
         with connection.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
             cursor.execute(sql.encode(), params)
             return cursor.fetchall() if returns else []

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from json.encoder import encode_basestring as quoted
 from typing import Any
 from uuid import UUID
@@ -82,11 +82,11 @@ def encode(
         if caused_by is not None:
             correlation_id = caused_by.correlation_id or str(caused_by.id)
     try:
-        _checked_text("source", source)
-        _checked_text("correlationid", correlation_id)
+        origin = _origin(source, event_type.name, event_type.version)
+        if correlation_id is not id_text:
+            _checked_text("correlationid", correlation_id)
         head = (
-            f'{{"specversion":"1.0","id":"{id_text}","source":{quoted(source)},"type":"{event_type.name}",'
-            f'"eventversion":{event_type.version},"time":"{now.isoformat()[:-6]}Z",'
+            f'{{"specversion":"1.0","id":"{id_text}",{origin},"time":"{now.isoformat()[:-6]}Z",'
             f'"datacontenttype":"application/json","correlationid":{quoted(correlation_id)}'
         )
         if key is not None:
@@ -145,6 +145,12 @@ def decode(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Envelope:
         )
     except ValueError as error:
         raise MalformedMessage(f"the envelope is not valid: {error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _origin(source: str, event_type: str, version: int) -> str:
+    checked = quoted(_checked_text("source", source))
+    return f'"source":{checked},"type":"{event_type}","eventversion":{version}'
 
 
 def _write_extensions(extensions: Mapping[str, str | int]) -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -51,7 +53,16 @@ ON CONFLICT (source, type, key) DO UPDATE SET seq = outbox_key.seq + EXCLUDED.se
 
 Event = tuple[EventType, Envelope]
 
-_held: WeakKeyDictionary[SessionTransaction, list[tuple[str, Event]]] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class _Held:
+    execute: Execute
+    events: list[tuple[str, Event]]
+    """Each with the schema that it is for."""
+    is_written: bool = False
+
+
+_held: WeakKeyDictionary[SessionTransaction, _Held] = WeakKeyDictionary()
 
 
 def publish(
@@ -148,16 +159,25 @@ def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
     if not isinstance(connection, Session):
         _write(executor(connection), events, schema)
         return
-    execute = executor(connection)  # refuses autocommit now, and begins the transaction
     if connection.in_nested_transaction():
+        execute = executor(connection)
         connection.flush()
         _write(execute, events, schema)
         return
     root = connection.get_transaction()
-    if root is None:
-        raise NotInTransaction("the session has no transaction; begin one before publishing")
-    _listen()
-    _held.setdefault(root, []).extend((schema, event) for event in events)
+    held = None if root is None else _held.get(root)
+    if held is None:
+        execute = executor(connection)  # refuses autocommit now, and begins the transaction
+        root = connection.get_transaction()
+        if root is None:
+            raise NotInTransaction("the session has no transaction; begin one before publishing")
+        held = _held[root] = _Held(execute, [])
+        _listen()
+    if held.is_written:  # another listener publishes, behind ours
+        connection.flush()
+        _write(held.execute, events, schema)
+        return
+    held.events.extend((schema, event) for event in events)
 
 
 def _write_held(session: Session) -> None:
@@ -166,19 +186,22 @@ def _write_held(session: Session) -> None:
     if root is None or session.in_nested_transaction() or root not in _held:
         return
     session.flush()
-    held = _held.pop(root, [])
-    execute = executor(session)
-    for schema in dict.fromkeys(schema for schema, _ in held):
-        _write(execute, [event for its_schema, event in held if its_schema == schema], schema)
+    held = _held[root]
+    held.is_written = True
+    for schema in dict.fromkeys(schema for schema, _ in held.events):
+        events = [event for its_schema, event in held.events if its_schema == schema]
+        _write(held.execute, events, schema)
 
 
+@cache
 def _listen() -> None:
     if not sqlalchemy_events.contains(Session, "before_commit", _write_held):
         sqlalchemy_events.listen(Session, "before_commit", _write_held)
 
 
 def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
-    sequences = _count(execute, events, schema)
+    is_ordered = any(event_type.ordered for event_type, _ in events)
+    sequences = _count(execute, events, schema) if is_ordered else [None] * len(events)
     rows = [
         (
             lane_of(envelope),

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -196,6 +196,16 @@ def test_the_session_writes_its_rows_before_the_event_draws_its_position(
     first.commit()
     first.close()
     assert numbers(migrated_engine) == [2, 1]
+
+
+def test_what_another_listener_publishes_at_the_commit_is_written_too(
+    migrated_engine: Engine,
+) -> None:
+    with Session(migrated_engine) as session:
+        publish(session, Made(1))
+        event.listen(session, "before_commit", lambda session: publish(session, Made(2)))
+        session.commit()
+    assert numbers(migrated_engine) == [1, 2]
 
 
 def test_refused_events_write_nothing_and_leave_the_transaction_usable(

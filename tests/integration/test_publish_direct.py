@@ -1,0 +1,91 @@
+"""Writing straight through libpq does what a cursor does, and leaves to a cursor what it could not do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from outbox.connections import executor
+from outbox.direct import can_write_directly, write_directly
+
+INSERT = "INSERT INTO kinds (id, label, number, body, big) VALUES (%s, %s, %s, %s, %s)"
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[psycopg.Connection]:
+    url = make_url(database_url).set(drivername="postgresql")
+    with psycopg.connect(url.render_as_string(hide_password=False)) as opened:
+        opened.execute(
+            "CREATE TABLE kinds (id uuid PRIMARY KEY, label text, number smallint, body bytea, big bigint)"
+        )
+        opened.commit()
+        yield opened
+        if not opened.closed:
+            opened.rollback()
+
+
+def rows(connection: psycopg.Connection) -> list[tuple[object, ...]]:
+    return connection.execute("SELECT id, label, number, body, big FROM kinds").fetchall()
+
+
+def test_values_arrive_as_through_a_cursor(connection: psycopg.Connection) -> None:
+    many = [
+        (uuid4(), "", -1, b"", None),
+        (uuid4(), "näme % \\ ' \U0001f600", 32_767, bytes(range(256)), 2**63 - 1),
+        (uuid4(), None, None, None, -(2**63)),
+    ]
+    connection.execute("SELECT 1")
+    for row in many:
+        assert write_directly(connection, INSERT, row)
+    assert rows(connection) == many
+
+
+def test_an_error_is_the_drivers_and_aborts_the_transaction(
+    connection: psycopg.Connection,
+) -> None:
+    connection.execute("SELECT 1")
+    row = (UUID(int=1), "a", 1, b"", 1)
+    write_directly(connection, INSERT, row)
+    with pytest.raises(psycopg.errors.UniqueViolation, match="kinds_pkey"):
+        write_directly(connection, INSERT, row)
+    assert not can_write_directly(connection)
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+        executor(connection)(INSERT, row, False)
+
+
+def test_an_idle_connection_begins_its_transaction(connection: psycopg.Connection) -> None:
+    assert not can_write_directly(connection)
+    executor(connection)(INSERT, (uuid4(), "a", 1, b"", 1), False)
+    connection.rollback()
+    assert rows(connection) == []
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "UTF8"])
+def test_text_arrives_whatever_the_clients_encoding_is(
+    connection: psycopg.Connection, encoding: str
+) -> None:
+    connection.execute(f"SET client_encoding TO {encoding}")
+    assert can_write_directly(connection) is (encoding == "UTF8")
+    executor(connection)(INSERT, (uuid4(), "näme", 1, b"", 1), False)
+    assert rows(connection)[0][1] == "näme"
+
+
+def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Connection) -> None:
+    with connection.pipeline():
+        connection.execute("SELECT 1")
+        executor(connection)(INSERT, (uuid4(), "a", 1, b"", 1), False)
+        connection.execute("DELETE FROM kinds")
+    assert rows(connection) == []
+
+
+def test_a_lost_connection_is_an_operational_error(connection: psycopg.Connection) -> None:
+    (pid,) = connection.execute("SELECT pg_backend_pid()").fetchone() or (0,)
+    with psycopg.connect(connection.info.dsn, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,))
+    with pytest.raises(psycopg.OperationalError):
+        write_directly(connection, INSERT, (uuid4(), "a", 1, b"", 1))
+    assert connection.closed
