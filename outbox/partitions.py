@@ -1,13 +1,18 @@
 """Partitions of the log: made ahead of the writers, dropped once every cursor has passed them and their time is up.
 
-Run by the relay that holds lane 0, and harmless when two do it: what exists already is left alone. Nobody waits for it:
-a lock that cannot be had within 50 ms is tried for again next time, and meanwhile the log just grows. Should it fall so
-far behind that the default partition takes rows, those rows stay there and the next partition begins behind them.
+Run by the relay that holds lane 0, and harmless when two do it: each step is a transaction under one lock, for which
+whoever comes second does not wait. Nobody else waits either: a lock that cannot be had within 50 ms is tried for again
+next time, and meanwhile the log just grows. Should it fall so far behind that the default partition takes rows, those
+rows stay there and the next partition begins behind them.
+
+A partition is dropped by the transaction that has locked it against writers first, and has looked then: whoever wrote
+into it has ended by that time, so an event that commits late is seen, or keeps the lock from being had.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -31,6 +36,7 @@ SELECT c.relname,
 FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
 WHERE i.inhparent = '{schema}.outbox_event'::regclass
 """
+_ALONE = "SELECT pg_try_advisory_xact_lock(hashtextextended('outbox partitions {schema}', 0))"
 _LAST_POSITION = "SELECT last_value FROM {schema}.outbox_event_position"
 _CURSORS = """
 WITH newest AS (
@@ -72,63 +78,64 @@ class Partitions:
 
     def maintain(self) -> None:
         """Make what will be needed, drop what is no longer needed."""
-        bounds = self._bounds()
-        self._make_ahead(bounds)
-        self._drop_passed(bounds)
+        while self._attempt(self._make_next):
+            pass
+        while self._attempt(self._drop_first):
+            pass
 
     def _bounds(self) -> dict[str, tuple[int, int]]:
         rows = self._execute(_PARTITIONS)
         return {name: (int(found[0]), int(found[1])) for name, found in rows if found is not None}
 
-    def _make_ahead(self, bounds: dict[str, tuple[int, int]]) -> None:
-        (position,) = self._execute(_LAST_POSITION)[0]
-        end = max((upper for _, upper in bounds.values()), default=0)
-        if end < position:
+    def _make_next(self) -> bool:
+        position = self._last_position()
+        end = max((upper for _, upper in self._bounds().values()), default=0)
+        if end <= position:
             # Rows are in the default partition; a partition that overlaps them could not be attached.
             end = position + self._size
-        while end < position + AHEAD * self._size:
-            name = f"outbox_event_p{end:012d}"
-            if not self._attempt(
-                f"CREATE TABLE IF NOT EXISTS {{schema}}.{name} (LIKE {{schema}}.outbox_event INCLUDING ALL)",
-                f"ALTER TABLE {{schema}}.outbox_event ATTACH PARTITION {{schema}}.{name} "
-                f"FOR VALUES FROM ({end}) TO ({end + self._size})",
-            ):
-                return
-            log.info("made partition %s of the log", name)
-            end += self._size
+        if end >= position + AHEAD * self._size:
+            return False
+        name = f"outbox_event_p{end:012d}"
+        self._run(f"CREATE TABLE {{schema}}.{name} (LIKE {{schema}}.outbox_event INCLUDING ALL)")
+        self._run(
+            f"ALTER TABLE {{schema}}.outbox_event ATTACH PARTITION {{schema}}.{name} "
+            f"FOR VALUES FROM ({end}) TO ({end + self._size})"
+        )
+        log.info("made partition %s of the log", name)
+        return True
 
-    def _drop_passed(self, bounds: dict[str, tuple[int, int]]) -> None:
-        (position,) = self._execute(_LAST_POSITION)[0]
-        for name, (_, upper) in sorted(bounds.items()):
-            if upper > position:
-                return
-            (old,) = self._execute(_NEWEST_IS_OLD.replace("{name}", name), self._retention)[0]
-            if old is False or self._execute(_UNREAD.replace("{name}", name))[0][0]:
-                return
-            # A transaction that still writes into it holds a lock that the drop meets.
-            if not self._attempt(f"DROP TABLE {{schema}}.{name}"):
-                return
-            log.info(
-                "dropped partition %s of the log: delivered and older than %s",
-                name,
-                self._retention,
-            )
+    def _drop_first(self) -> bool:
+        name, (_, upper) = min(self._bounds().items(), default=("", (0, 0)))
+        if not name or upper > self._last_position():
+            return False
+        (old,) = self._execute(_NEWEST_IS_OLD.replace("{name}", name), self._retention)[0]
+        if old is False:
+            return False
+        self._run(f"LOCK TABLE {{schema}}.{name} IN SHARE MODE")
+        if self._execute(_UNREAD.replace("{name}", name))[0][0]:
+            return False
+        self._run(f"DROP TABLE {{schema}}.{name}")
+        log.info(
+            "dropped partition %s of the log: delivered and older than %s", name, self._retention
+        )
+        return True
 
-    def _attempt(self, *statements: str) -> bool:
+    def _attempt(self, step: Callable[[], bool]) -> bool:
+        """Whether *step* was done; not where it says so, or has to wait for anybody."""
         try:
             with self._connection.transaction():
-                self._connection.execute("SET LOCAL lock_timeout = '50ms'")
-                for statement in statements:
-                    self._connection.execute(in_schema(statement, self._schema).encode())
-        except (
-            errors.LockNotAvailable,
-            errors.DuplicateTable,
-            errors.UndefinedTable,
-            errors.DeadlockDetected,
-        ) as error:
+                self._run("SET LOCAL lock_timeout = '50ms'")
+                return self._execute(_ALONE)[0][0] and step()
+        except (errors.LockNotAvailable, errors.DeadlockDetected, errors.CheckViolation) as error:
+            # The last: meanwhile a row of what would be the new partition has come into the default one.
             log.debug("left for next time: %s", error)
             return False
-        return True
+
+    def _last_position(self) -> int:
+        return int(self._execute(_LAST_POSITION)[0][0])
+
+    def _run(self, statement: str) -> None:
+        self._connection.execute(in_schema(statement, self._schema).encode())
 
     def _execute(self, template: str, *params: Any) -> list[tuple[Any, ...]]:
         return self._connection.execute(
