@@ -15,7 +15,7 @@ from bench.figures import Figure, Timer
 from bench.relaying import relaying
 from outbox.buses.base import OutgoingMessage
 
-EVENTS = 100_000
+EVENTS = 300_000
 BODY = b'{"id":%d,"x":"' + b"y" * 260 + b'"}'
 
 _SERVE = """

@@ -14,13 +14,13 @@ from sqlalchemy import URL
 
 from bench.figures import Figure, Timer
 from bench.publishing import conninfo, fill
-from outbox.buses import Bus, Topology, open_bus
+from outbox.buses import Bus, QueueType, Topology, open_bus
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.frames import message_properties
 from outbox.buses.message import celery_message
 from outbox.relay import Relay
 
-EVENTS = 20_000
+EVENTS = 50_000
 BODY = b'{"id":1,"x":"' + b"y" * 260 + b'"}'
 
 
@@ -34,17 +34,30 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
         10,
     )
     if rabbitmq_url is not None:
-        for awaited, floor in ((False, 0.95), (True, 7)):
+        for kind, awaited, floor in (
+            ("quorum", False, 0.95),
+            ("classic", False, 0.95),
+            ("quorum", True, 7),
+        ):
             how = "each awaited" if awaited else "pipelined"
+            exchange = "bench" if kind == "quorum" else f"bench.{kind}"
             yield Figure(
-                f"relay to RabbitMQ, quorum queue ({how})", "events/s", relaying(database, rabbitmq_url),
-                _py_amqp(rabbitmq_url, awaited), f"py-amqp, {how}", floor,
+                f"relay to RabbitMQ, {kind} queue ({how})", "events/s",
+                relaying(database, rabbitmq_url, kind=kind, exchange=exchange),
+                _py_amqp(rabbitmq_url, exchange, awaited), f"py-amqp, {how}", floor,
             )  # fmt: skip
 
 
-def relaying(database: URL, broker_url: str, events: int = EVENTS) -> Any:
-    bus = open_bus(broker_url, "bench")
-    bus.declare(Topology("bench.events", ("order.created",), "bench"))
+def relaying(
+    database: URL,
+    broker_url: str,
+    events: int = EVENTS,
+    *,
+    kind: QueueType = "quorum",
+    exchange: str = "bench",
+) -> Any:
+    bus = open_bus(broker_url, exchange)
+    bus.declare(Topology(f"{exchange}.events", ("order.created",), exchange, queue_type=kind))
 
     def relay(timer: Timer) -> None:
         with psycopg.connect(conninfo(database), autocommit=True) as connection:
@@ -100,7 +113,7 @@ def _send_task(redis_url: str) -> Any:
     return send
 
 
-def _py_amqp(url: str, awaited: bool) -> Any:
+def _py_amqp(url: str, exchange: str, awaited: bool) -> Any:
     from kombu.utils.url import url_to_parts
 
     _, host, port, user, password, vhost, _ = url_to_parts(url)
@@ -127,7 +140,7 @@ def _py_amqp(url: str, awaited: bool) -> Any:
         with timer.counting(count):
             for _ in range(count):
                 content = amqp.Message(body, **message_properties("order.created", str(uuid4())))
-                channel.basic_publish(content, "bench", "order.created")
+                channel.basic_publish(content, exchange, "order.created")
             sent += count
             while not awaited and acked.upto < sent:
                 connection.drain_events(timeout=30)

@@ -160,8 +160,9 @@ class RollCaller:
         self._called_at = time.monotonic()
         soon = self._called_at + self._standings[0]
         self._quiet = {type: _Quiet(soon) for one in self._called.values() for type in one.types}
-        # Whoever held the lane may have died before it named what it had handed over.
-        self._unnamed = 1
+        # Whoever held the lane may have died before it named what it had handed over: that is looked up at once, while
+        # it is not much, and what comes after it is remembered.
+        self._unnamed = _SOON
 
     def handed_over(self, events: Sequence[OutgoingMessage]) -> None:
         """The broker has confirmed *events*, and with them the cursors at which they end."""

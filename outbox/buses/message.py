@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from json.encoder import encode_basestring as quoted
 from typing import Any, Final
 
 from outbox.buses.base import OutgoingMessage
@@ -16,8 +17,6 @@ from outbox.buses.base import OutgoingMessage
 TASK: Final = "outbox.receive"
 CONTENT_TYPE: Final = "application/json"
 CONTENT_ENCODING: Final = "utf-8"
-
-_NO_KEYWORDS: Final = b'"], {}, {}]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +53,11 @@ def message_body(message: OutgoingMessage) -> bytes:
     """`[[envelope], keywords, {}]` as JSON."""
     # Bytes that are no UTF-8 can only have been written around `publish`; they must not stop the relay, and will be
     # quarantined where they arrive.
-    text = message.body.decode("utf-8", "replace")
-    keywords = keywords_of(message.handler, message.key_seq)
-    if keywords or not text.isprintable():
-        return json.dumps([[text], keywords, {}], ensure_ascii=False).encode()
-    # JSON text needs no more escaping than this to become a JSON string, as long as it holds no control characters.
-    return b'[["' + text.replace("\\", "\\\\").replace('"', '\\"').encode() + _NO_KEYWORDS
+    text = quoted(message.body.decode("utf-8", "replace"))
+    if message.handler is None and message.key_seq is None:
+        return f"[[{text}], {{}}, {{}}]".encode()
+    keywords = json.dumps(keywords_of(message.handler, message.key_seq))
+    return f"[[{text}], {keywords}, {{}}]".encode()
 
 
 def keywords_of(handler: str | None, key_seq: int | None) -> dict[str, Any]:
