@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, create_engine, make_url
 
-from bench import kafka, publishing, receiving, relaying, sagas
+from bench import horizon, kafka, publishing, receiving, relaying, sagas
 from bench.figures import Result, measure
 from outbox.schema import upgrade_engine
 
@@ -36,6 +36,19 @@ RESULTS = Path(__file__).parent / "results.json"
 @click.option("--redis-url", help="[default: embedded Redis]")
 @click.option("--rabbitmq-url", help="Without it, RabbitMQ's figures are left out.")
 @click.option("--kafka-url", help="[default: librdkafka's mock cluster]")
+@click.option(
+    "--behind",
+    default=10_000_000,
+    show_default=True,
+    help="Events that lie behind what is read, with the xmin horizon held.",
+)
+@click.option(
+    "--held",
+    default=5.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="How long it is held under load before relays are compared.",
+)
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--only", help="Only figures whose name has this in it.")
 def main(
@@ -43,6 +56,8 @@ def main(
     redis_url: str | None,
     rabbitmq_url: str | None,
     kafka_url: str | None,
+    behind: int,
+    held: float,
     rounds: int,
     only: str | None,
 ) -> None:
@@ -57,6 +72,8 @@ def main(
             figures += stack.enter_context(kafka.figures(database, kafka_url))
         if any(_is_wanted(name, only) for name in sagas.NAMES):
             figures += stack.enter_context(sagas.figures(database, redis))
+        # Last: it holds the horizon of the whole cluster from when it is first asked.
+        figures += stack.enter_context(horizon.figures(database, behind, held))
         results = [measure(figure, rounds) for figure in figures if _is_wanted(figure.name, only)]
     RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     _print(results)
@@ -68,14 +85,19 @@ def _is_wanted(name: str, only: str | None) -> bool:
 
 def _print(results: list[Result]) -> None:
     table = Table(title="ours beside the control, medians of one run")
-    for column in ("figure", "ours", "control", "ratio", "floor", "CPU s per 1,000"):
+    for column in ("figure", "ours", "control", "ratio", "bound", "reach", "CPU s per 1,000"):
         table.add_column(column)
     for one in results:
         table.add_row(
-            one.name, f"{one.value:,.0f} {one.unit}", f"{one.control:,.0f} ({one.control_name})", f"{one.ratio:.2f}",
-            f"{one.floor} {'holds' if one.holds else 'MISSED'}", f"{one.cpu * 1000:.3f}",
+            one.name, f"{_number(one.value)} {one.unit}", f"{_number(one.control)} ({one.control_name})",
+            f"{one.ratio:.2f}", f"{one.bound} {'holds' if one.holds else 'MISSED'}", f"{one.reach or ''}",
+            f"{one.cpu * 1000:.3f}",
         )  # fmt: skip
     Console(width=150).print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 @contextmanager

@@ -39,8 +39,18 @@ class Figure:
     ours: Measured
     control: Measured
     control_name: str
-    floor: float
+    floor: float | None = None
     """The least that the ratio to the control may be."""
+    ceiling: float | None = None
+    """The most that it may be, for a figure of which less is better: milliseconds for each unit of work."""
+    reach: float | None = None
+    """What we are after."""
+
+    def of(self, timer: Timer) -> float:
+        """What *timer* has measured, in this figure's unit."""
+        if self.ceiling is not None:
+            return timer.seconds * 1_000 / timer.work
+        return timer.work / timer.seconds
 
 
 @dataclass(frozen=True)
@@ -53,28 +63,37 @@ class Result:
     control: float
     control_name: str
     ratio: float
-    floor: float
+    floor: float | None
+    ceiling: float | None
+    reach: float | None
     cpu: float
     """CPU seconds of this process for each unit of work of ours."""
 
     @property
     def holds(self) -> bool:
-        return self.ratio >= self.floor
+        return (self.floor is None or self.ratio >= self.floor) and (
+            self.ceiling is None or self.ratio <= self.ceiling
+        )
+
+    @property
+    def bound(self) -> str:
+        """What the ratio must keep to, as a text."""
+        return f">= {self.floor}" if self.ceiling is None else f"<= {self.ceiling}"
 
 
 def measure(figure: Figure, rounds: int) -> Result:
     """Run ours and the control in the order A B B A, so that neither has the warmer machine."""
-    rates: dict[str, list[float]] = {"ours": [], "control": []}
+    found: dict[str, list[float]] = {"ours": [], "control": []}
     cpu = work = 0.0
     for number in range(rounds):
         for name in ("ours", "control") if number % 2 == 0 else ("control", "ours"):
             timer = Timer()
             (figure.ours if name == "ours" else figure.control)(timer)
-            rates[name].append(timer.work / timer.seconds)
+            found[name].append(figure.of(timer))
             if name == "ours":
                 cpu += timer.cpu
                 work += timer.work
-    value, control = median(rates["ours"]), median(rates["control"])
+    value, control = median(found["ours"]), median(found["control"])
     return Result(
         figure.name,
         value,
@@ -83,5 +102,7 @@ def measure(figure: Figure, rounds: int) -> Result:
         figure.control_name,
         value / control,
         figure.floor,
+        figure.ceiling,
+        figure.reach,
         cpu / work,
     )
