@@ -206,6 +206,7 @@ class LogReader:
         """A huge transaction has committed late: note its positions, to deliver them page by page."""
         found = self._rows(
             in_schema(_LATE_POSITIONS, self._schema),
+            prepare=False,  # seldom run, and a generic plan could go through all positions
             highest=max(cursor.his.values()),
             until=until.text,
             **self._since(cursor),
@@ -246,9 +247,9 @@ class LogReader:
             cursor.execute(sql.encode(), params, prepare=True)
             return cursor.fetchall()
 
-    def _rows(self, sql: str, **params: Any) -> list[tuple[Any, ...]]:
+    def _rows(self, sql: str, *, prepare: bool = True, **params: Any) -> list[tuple[Any, ...]]:
         with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
-            cursor.execute(sql.encode(), params, prepare=True)
+            cursor.execute(sql.encode(), params, prepare=prepare)
             return cursor.fetchall()
 
 
