@@ -40,6 +40,7 @@ _SOON: Final = 8_000
 _EVEN_IF_IDLE: Final = 60.0
 _TIDY_EVERY: Final = 600.0
 _MOST_AT_ONCE: Final = 20_000
+_CUT_SHORT: Final = -1
 _MOST_IN_A_MESSAGE: Final = 2_000
 _NEVER: Final = datetime.fromtimestamp(0, UTC)
 
@@ -60,21 +61,26 @@ FROM unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(seqs)s::bigint[], %(h
 WHERE l.epoch = (SELECT e.epoch FROM {schema}.outbox_lease AS e WHERE e.lane = l.lane ORDER BY e.epoch DESC LIMIT 1)
 ON CONFLICT DO NOTHING RETURNING lane
 """
-# What is delivered by the later cursor and was not by the earlier one; the three ranges are the reader's.
+# What is delivered by the later cursor and was not by the earlier one; the three ranges are the reader's, and so are
+# order and limit, which keep the planner to the indexes. Late rows are of any lane: the limit may cut off wanted ones.
 DELIVERED_BETWEEN: Final = """
 WITH lanes AS MATERIALIZED (
     SELECT * FROM unnest(%(lanes)s::smallint[], %(from_his)s::bigint[], %(his)s::bigint[]) AS l (lane, from_hi, hi)
 ), late AS MATERIALIZED (
-    (SELECT e.lane, e.position, e.xid, e.event_id, e.type FROM {schema}.outbox_event AS e
-     WHERE e.xid = ANY(%(running)s::text[]::xid8[]) AND e.position <= %(highest)s)
+    (SELECT f.* FROM unnest(%(running)s::text[]::xid8[]) AS r (xid) CROSS JOIN LATERAL (
+        SELECT e.lane, e.position, e.xid, e.event_id, e.type FROM {schema}.outbox_event AS e
+        WHERE e.xid = r.xid AND e.position <= %(highest)s ORDER BY e.xid, e.position LIMIT %(most)s
+     ) AS f)
     UNION ALL
     (SELECT e.lane, e.position, e.xid, e.event_id, e.type FROM {schema}.outbox_event AS e
-     WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(until_next)s::text::xid8 AND e.position <= %(highest)s)
+     WHERE e.xid >= %(next)s::text::xid8 AND e.xid < %(until_next)s::text::xid8 AND e.position <= %(highest)s
+     ORDER BY e.xid, e.position LIMIT %(most)s)
 ), handed AS (
     SELECT f.* FROM lanes AS l CROSS JOIN LATERAL (
         SELECT e.lane, e.position, e.event_id, e.type FROM {schema}.outbox_event AS e
         WHERE e.lane = l.lane AND e.position > l.from_hi AND e.position <= l.hi
             AND pg_visible_in_snapshot(e.xid, %(until)s::pg_snapshot)
+        ORDER BY e.position LIMIT %(most)s
     ) AS f
     UNION ALL
     SELECT late.lane, late.position, late.event_id, late.type
@@ -86,6 +92,7 @@ _COUNT: Final = f"{DELIVERED_BETWEEN} SELECT lane, type, count(*) FROM handed GR
 _NAME: Final = f"""{DELIVERED_BETWEEN}
 SELECT lane, type, string_agg(uuid_send(event_id) || int8send(position), ''::bytea ORDER BY position)
 FROM (SELECT * FROM handed LIMIT %(most)s) AS handed_over GROUP BY lane, type
+UNION ALL SELECT {_CUT_SHORT}::smallint, '', NULL WHERE (SELECT count(*) FROM late) >= %(most)s
 """  # noqa: S608 - constants
 # Each row stands for the difference to the row before it, so rows in between can go: that makes one roll of several.
 _THIN_OUT: Final = """
@@ -294,9 +301,9 @@ class RollCaller:
             (lane, type): packed
             for lane, type, packed in self._execute(_NAME, **params, most=_MOST_AT_ONCE + 1)
         }
-        if sum(map(len, found.values())) <= _MOST_AT_ONCE * RECORD_BYTES:
+        if all(found.values()) and sum(map(len, found.values())) <= _MOST_AT_ONCE * RECORD_BYTES:
             return found
-        return {(lane, type): None for lane, type, _ in self._execute(_COUNT, **params)}
+        return {(lane, type): None for lane, type, _ in self._execute(_COUNT, **params, most=None)}
 
     def _newest(self, lanes: Iterable[int]) -> dict[int, _Called]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -17,6 +18,7 @@ from sqlalchemy import make_url
 from outbox.cursors import _NEWEST, CursorStore
 from outbox.lanes import _HOLDERS, _LIVE, Leases
 from outbox.reader import Cursor, LogReader, Snapshot
+from outbox.roll_caller import _NAME, RollCaller, _Called, difference
 from outbox.sql import in_schema
 from tests.databases import Databases
 
@@ -37,6 +39,10 @@ TYPES = {
     "running": "text[]",
     "next": "text",
     "ceiling": "text",
+    "from_his": "bigint[]",
+    "until": "text",
+    "until_next": "text",
+    "most": "bigint",
 }
 
 
@@ -200,6 +206,43 @@ def test_a_page_right_after_a_late_commit_costs_its_rows_however_many_lie_behind
         assert page.buffers < buffers_for(FRESH + 3)
     assert page.scans == {"Index Scan"}
     assert page.thrown_away == 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_naming_what_was_delivered_costs_its_rows_however_many_lie_behind_it(
+    logs: dict[str, Log], plan: str
+) -> None:
+    for log, since in zip(logs.values(), (5, BEHIND), strict=True):
+        late = log.connect(autocommit=False)
+        late.execute(FILL, (3,))
+        log.connection.execute(FILL, (since,))
+        earlier = log.cursor = log.read_to_the_end(log.cursor)
+        late.commit()
+        with fresh_events(log, FRESH):
+            pass
+        his = [(lane, hi, log.cursor.his[lane]) for lane, hi in earlier.his.items()]
+        given = difference(his, earlier.snapshot, log.cursor.snapshot) | {"most": 1_000}
+        named = log.explain(in_schema(_NAME, "outbox"), given, plan)
+        assert named.buffers < buffers_for(FRESH + 3)
+    assert named.thrown_away == 0
+
+
+def test_late_events_of_other_lanes_push_none_of_this_lane_out_of_a_roll(
+    logs: dict[str, Log], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit that keeps the look short counts the rows of all lanes."""
+    monkeypatch.setattr("outbox.roll_caller._MOST_AT_ONCE", 5)
+    log = logs["few"]
+    late = log.connect(autocommit=False)
+    late.execute(FILL, (20,))
+    log.connection.execute(FILL, (1,))
+    log.cursor = earlier = log.read_to_the_end(log.cursor)
+    late.commit()
+    log.cursor = log.read_to_the_end(log.cursor)
+    for lane in LANES:
+        caller = RollCaller(log.connection, every=timedelta(seconds=5))
+        caller._called = {lane: _Called(1, earlier.his[lane], earlier.snapshot)}
+        assert list(caller._name([lane], log.cursor)) == [(lane, "thing.made")]
 
 
 def test_cursors_and_leases_do_not_rot_while_the_horizon_is_held(logs: dict[str, Log]) -> None:
