@@ -117,7 +117,7 @@ def test_what_was_in_a_queue_when_it_was_purged_comes_again(
     shop = make_shop(rabbitmq_url)
     with shop.open():
         for _ in range(LOSSES):
-            eventually(lambda: shop.publish(50) or shop.purge(), 30)
+            eventually(lambda: shop.publish(20) or shop.purge(), 30)
         shop.publish(10)
         shop.until_whole(shop.worker())
 
