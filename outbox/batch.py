@@ -63,8 +63,9 @@ WITH entered AS (
         AND owed.attempts = 0 AND owed.sends <= 1
     RETURNING owed.event_id, owed.handler
 )
-SELECT event_id, handler, withdrawn.event_id IS NOT NULL AS was_owed
-FROM entered LEFT JOIN withdrawn USING (event_id, handler)
+SELECT entered.event_id, entered.handler, withdrawn.event_id IS NOT NULL AS was_owed
+FROM entered LEFT JOIN withdrawn
+    ON withdrawn.event_id = entered.event_id AND withdrawn.handler = entered.handler
 """
 
 

@@ -31,7 +31,8 @@ class Process:
         """Where it stopped: the SQL, "commit", "committed", or a point of its own."""
         self.dead = False
         self.error: BaseException | None = None
-        self.message: object = None
+        self.messages: list[Any] = []
+        """What it took from its queue."""
         """What it took from a queue, if it is a worker."""
         self.connections: list[Connection] = []
         self._blocked: Callable[[], bool] | None = None

@@ -86,6 +86,8 @@ class Simulation:
     faults: Faults = field(default_factory=Faults)
     sample: int | None = None
     """How many of the requests each schedule makes, drawn from its seed; None: all, in their order."""
+    batch: int = 1
+    """How many messages a worker may take in one transaction, as with `--outbox-batch`."""
     max_turns: int = 20_000
     """A schedule that has not settled after this many turns counts as broken."""
 
@@ -257,10 +259,13 @@ class _Run:
 
     def _taker(self, node: Node, at: int) -> Callable[[], None]:
         def take() -> None:
-            message = node.queue.pop(at)
-            self.world.in_hand.append((node, message))
-            process = self._start(f"{node.name} worker", node, lambda: node.receive(message))
-            process.message = message
+            taken = [node.queue.pop(at)]
+            if self.simulation.batch > 1:
+                more = self.choices.pick(min(self.simulation.batch, len(node.queue) + 1))
+                taken += [node.queue.pop(0) for _ in range(more)]
+            self.world.in_hand += [(node, message) for message in taken]
+            process = self._start(f"{node.name} worker", node, lambda: node.receive(*taken))
+            process.messages = taken
 
         return take
 
@@ -314,18 +319,19 @@ class _Run:
 
     def _give_back(self, process: Process) -> None:
         """The broker delivers again what a dead worker had not acked."""
-        # Each queue has the same message; only this worker's own is given back.
-        held = next(
-            (
-                one
-                for one in self.world.in_hand
-                if one[1] is process.message and one[0].name == process.service
-            ),
-            None,
-        )
-        if held is not None:
-            self.world.in_hand.remove(held)
-            held[0].queue.append(held[1].again())
+        # Each queue has the same message; only this worker's own are given back.
+        for message in process.messages:
+            held = next(
+                (
+                    one
+                    for one in self.world.in_hand
+                    if one[1] is message and one[0].name == process.service
+                ),
+                None,
+            )
+            if held is not None:
+                self.world.in_hand.remove(held)
+                held[0].queue.append(message.again())
 
     def _recover(self) -> None:
         for node in self.world.nodes.values():
@@ -361,11 +367,11 @@ class _Run:
 
     def _report_errors(self) -> None:
         for process in self.world.hub.sweep():
-            if process.message is not None:
-                # The worker gave the message back: it comes again.
+            if process.messages:
+                # The worker gave them back: they come again.
                 self._give_back(process)
                 self.world.say(
-                    f"{process.name} gave its message back: {type(process.error).__name__}"
+                    f"{process.name} gave {len(process.messages)} back: {type(process.error).__name__}"
                 )
             elif not process.name.endswith(("relay", "sweeper")):
                 self.world.say(f"{process.name} failed: {type(process.error).__name__}")

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import pending
-from outbox.receive import Receiver
+from outbox.receive import Incoming, Receiver
 from outbox.service import Service
 from saga.testing.model import ModelDatabase
 from saga.testing.model.driver import engine_on
@@ -120,16 +120,21 @@ class Node:
         self.world.hub.stop_at("relay.confirmed")
         self.sent.update(row["position"] for row in page)
 
-    def receive(self, message: Message) -> None:
-        """Handle one message and ack it. A worker that is killed before that leaves it to be delivered again."""
-        self.receiver.receive(
-            message.body,
-            handler=message.handler,
-            key_seq=message.key_seq,
-            redelivered=message.redelivered,
-        )
-        self.world.hub.stop_at("before ack")
-        self.world.acked(self, message)
+    def receive(self, *messages: Message) -> None:
+        """Handle messages, several in one transaction where that can be, and ack them.
+
+        A worker that is killed before that leaves them to be delivered again.
+        """
+        incoming = [
+            Incoming(one.body, one.handler, one.key_seq, one.redelivered) for one in messages
+        ]
+        if len(incoming) > 1:
+            self.receiver.take_in_batch(incoming)
+        else:
+            self.receiver.take_in(incoming[0])
+        for message in messages:
+            self.world.hub.stop_at("before ack")
+            self.world.acked(self, message)
 
     def sweep(self) -> None:
         """Send what is owed and due to the service's own queue."""

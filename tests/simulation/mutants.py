@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 import saga.decisions
 import saga.join
+import saga.remembered
 import saga.step
 import saga.store
 import saga.unwinding
@@ -26,6 +27,7 @@ from examples.order_saga.shipping.service import shipping
 from examples.order_saga.users.service import users
 from examples.trip_saga.trips import trips
 from outbox import attempt, inbox
+from outbox.batch import Batch
 from outbox.inbox import Arrival
 from outbox.statements import statement
 from outbox.transactions import DeliverySession
@@ -254,6 +256,23 @@ def empty_compensation_unguarded() -> AbstractContextManager[Any]:
     return _with_handler("run_step", run_step)
 
 
+def batch_without_row_locks() -> AbstractContextManager[Any]:
+    """A batch reads where its sagas stand, and does not keep others from moving them."""
+    unlocked = saga.remembered._LOCK_SAGAS.replace("ORDER BY saga_id FOR UPDATE", "")
+    return patch.object(saga.remembered, "_LOCK_SAGAS", unlocked)
+
+
+def inbox_of_a_batch_ignored() -> AbstractContextManager[Any]:
+    """A batch runs all that it was given, whatever its insert into the inbox has left out."""
+    real = Batch._enter
+
+    def enter(batch: Batch, session: Session) -> Any:
+        real(batch, session)
+        return {work.pair for plan in batch._plans.values() for work in plan.works}
+
+    return patch.object(Batch, "_enter", enter)
+
+
 MUTANTS: dict[str, Mutant] = {
     "tombstone_dropped": tombstone_dropped,
     "inbox_check_skipped": inbox_check_skipped,
@@ -266,5 +285,8 @@ MUTANTS: dict[str, Mutant] = {
     "early_ack": early_ack,
     "empty_compensation_unguarded": empty_compensation_unguarded,
 }
+BATCH_MUTANTS: dict[str, Mutant] = {"inbox_of_a_batch_ignored": inbox_of_a_batch_ignored}
+"""Those that only workers that take batches can show."""
+TRIP_BATCH_MUTANTS: dict[str, Mutant] = {"batch_without_row_locks": batch_without_row_locks}
 TRIP_MUTANTS: dict[str, Mutant] = {"deadline_ignoring_state": deadline_ignoring_state}
 """Those that need what the order example does not have."""

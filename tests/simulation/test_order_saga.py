@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import pytest
 
 from examples.order_saga.simulated import simulation
+from outbox.transactions import Transactions
 from saga.testing.choices import Seeded
-from saga.testing.simulation import Broken, Simulation, _Run
+from saga.testing.simulation import Broken, Faults, Simulation, _Run
 from saga.testing.world import Message
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import BATCH_MUTANTS, MUTANTS
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
 SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
@@ -35,13 +40,12 @@ def orders() -> Simulation:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("batch", [1, 4])
 def test_every_schedule_of_fresh_seeds_leaves_every_order_whole(
-    orders: Simulation, part: int
+    orders: Simulation, batch: int
 ) -> None:
-    seed = SEED * 100 + part * SCHEDULES
-    print(f"seeds from {seed}")
-    report = orders.run(SCHEDULES, seed)
+    print(f"seeds from {SEED * 100}, batches of {batch} at most")
+    report = replace(orders, batch=batch).run(SCHEDULES, SEED * 100)
     assert report.faults > SCHEDULES
 
 
@@ -50,6 +54,34 @@ def test_every_schedule_of_fresh_seeds_leaves_every_order_whole(
 def test_a_runtime_with_one_thing_taken_away_is_found(orders: Simulation, mutant: object) -> None:
     with mutant():  # type: ignore[operator]
         assert orders.first_failure(FOUND_WITHIN) is not None
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mutant", BATCH_MUTANTS.values(), ids=BATCH_MUTANTS.keys())
+def test_batches_with_one_thing_taken_away_are_found(orders: Simulation, mutant: object) -> None:
+    with mutant():  # type: ignore[operator]
+        assert replace(orders, batch=4).first_failure(FOUND_WITHIN) is not None
+
+
+def test_batches_of_a_simulation_are_committed_as_batches(orders: Simulation) -> None:
+    """What the model database does not understand would have them run one by one, unnoticed."""
+    ended: Counter[str] = Counter()
+    real = Transactions.once
+
+    def once(self: Transactions, stage: Any) -> Any:
+        name = "batch" if "Batch" in stage.__qualname__ else "single"
+        try:
+            result = real(self, stage)
+        except Exception as error:
+            ended[f"{name} {type(error).__name__}"] += 1
+            raise
+        ended[name] += 1
+        return result
+
+    with patch.object(Transactions, "once", once):
+        replace(orders, batch=4, faults=Faults(0, 0, 0, 0, 0)).run(3)
+    assert ended["batch"] > 10
+    assert {name for name in ended if name.startswith("batch ")} <= {"batch NoteChanged"}
 
 
 def test_what_breaks_is_shown_with_its_seed_and_a_short_schedule_that_replays(

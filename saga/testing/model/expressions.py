@@ -380,6 +380,16 @@ def _aggregate(combine: Callable[[list[Any]], Any]) -> Callable[[exp.Expression]
     return build
 
 
+def _string_to_array(node: exp.Expression) -> Compiled:
+    inner, separator = compile_expression(node.this), compile_expression(node.expression)
+
+    def run(env: Environment) -> list[str] | None:
+        text = inner(env)
+        return None if text is None else text.split(separator(env)) if text else []
+
+    return run
+
+
 def _make_interval(node: exp.Expression) -> Compiled:
     parts = {
         str(kwarg.name): compile_expression(kwarg.expression)
@@ -452,6 +462,7 @@ _BUILDERS: dict[type[exp.Expression], Callable[[exp.Expression], Compiled]] = {
     exp.Select: _scalar_subquery,
     exp.CurrentTimestamp: lambda _: lambda env: env.storage.clock(),
     exp.MakeInterval: _make_interval,
+    exp.StringToArray: _string_to_array,
     exp.Lower: lambda node: (lambda inner: lambda env: str(inner(env)).lower())(
         compile_expression(node.this)
     ),

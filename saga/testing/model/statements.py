@@ -115,9 +115,11 @@ def _source(node: exp.Expression, env: Environment) -> list[Found]:
 
 def _from(node: exp.Expression, env: Environment) -> list[Found]:
     clause = node.args.get("from_") or node.args.get("from")
-    if clause is None:
+    using = node.args.get("using")
+    first = using[0] if using else clause.this if clause is not None else None
+    if first is None:
         return [({}, {})]
-    found = _source(clause.this, env)
+    found = _source(first, env)
     for join in node.args.get("joins") or ():
         found = _join(found, join, env)
     return found
