@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, create_engine, make_url
 
-from bench import horizon, kafka, publishing, receiving, relaying, sagas
+from bench import horizon, kafka, lanes, latency, publishing, receiving, relaying, sagas
 from bench.figures import Result, measure
 from outbox.schema import upgrade_engine
 
@@ -72,6 +72,9 @@ def main(
             figures += stack.enter_context(kafka.figures(database, kafka_url))
         if any(_is_wanted(name, only) for name in sagas.NAMES):
             figures += stack.enter_context(sagas.figures(database, redis))
+        if any(_is_wanted(name, only) for name in latency.NAMES):
+            figures += stack.enter_context(latency.figures(database, redis))
+        figures += lanes.figures(database, redis)
         # Last: it holds the horizon of the whole cluster from when it is first asked.
         figures += stack.enter_context(horizon.figures(database, behind, held))
         results = [measure(figure, rounds) for figure in figures if _is_wanted(figure.name, only)]

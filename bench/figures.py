@@ -30,6 +30,16 @@ Measured = Callable[[Timer], None]
 """Does its work once, the part that counts inside `timer.counting(how much)`."""
 
 
+def allowed(seconds: float) -> Measured:
+    """The control of a figure that has a bound and nothing beside it."""
+
+    def control(timer: Timer) -> None:
+        timer.work += 1
+        timer.seconds += seconds
+
+    return control
+
+
 @dataclass(frozen=True)
 class Figure:
     """One thing beside its control."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +13,7 @@ from kombu import Connection
 from sqlalchemy import URL
 
 from bench.figures import Figure, Timer
+from bench.processes import worker
 from bench.publishing import conninfo
 from outbox.buses import Topology, open_bus
 from outbox.buses.base import OutgoingMessage
@@ -61,7 +59,7 @@ def _received(
         fill()
         with psycopg.connect(conninfo(database), autocommit=True) as connection:
             connection.execute("TRUNCATE bench_received")
-            with _worker(app, options):
+            with worker(f"bench.receive_app:{app}", "--concurrency", str(PROCESSES), *options):
                 first = _await_rows(connection, 1)
                 with timer.counting(count - first):
                     _await_rows(connection, count)
@@ -110,19 +108,3 @@ def _fill_plain(count: int) -> None:
         producer = connection.Producer()
         for _ in range(count):
             receive_app.plain.send_task("bench.write", args=[1, FILLER], producer=producer)
-
-
-@contextmanager
-def _worker(app: str, options: Sequence[str]) -> Iterator[None]:
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "celery", "-A", f"bench.receive_app:{app}", "worker",
-            "--concurrency", str(PROCESSES), "--loglevel", "WARNING",
-            "--without-gossip", "--without-mingle", "--without-heartbeat", *options,
-        ],
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)

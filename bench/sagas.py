@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from sqlalchemy.orm import Session
 import saga.schema
 from bench import durable
 from bench.figures import Figure, Timer
+from bench.processes import relay, worker
 from bench.publishing import conninfo
 
 NAMES = ("saga of 4 steps, completed", "saga of 4 steps, rejected in the last step")
@@ -55,9 +54,12 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         }
         from bench import saga_app
 
-        stack.enter_context(_worker("app", "bench.events", *BATCH))
-        stack.enter_context(_worker("plain", "bench.plain"))
-        stack.enter_context(_relay(database, broker_url))
+        two = ("--concurrency", str(PROCESSES))
+        ours = (*BATCH, "-Q", "bench.events", "--hostname", "app@bench")
+        stack.enter_context(worker("bench.saga_app:app", *two, *ours))
+        plain = ("-Q", "bench.plain", "--hostname", "plain@bench")
+        stack.enter_context(worker("bench.saga_app:plain", *two, *plain))
+        stack.enter_context(relay(database, broker_url))
         _wait_for_workers(database, saga_app)
         made = []
         workflow = None
@@ -164,39 +166,3 @@ def _one_step(connection: psycopg.Connection[Any], run: str, verb: str, step: in
         connection.execute("DELETE FROM bench_effect WHERE run = %s AND step = %s", (run, step))
     connection.execute("INSERT INTO bench_outbox (body) VALUES (%s)", (run,))
     connection.commit()
-
-
-@contextmanager
-def _worker(app: str, queues: str, *more: str) -> Iterator[None]:
-    options = ["--pool", "prefork", "--concurrency", str(PROCESSES), "--loglevel", "ERROR"]
-    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", queues]
-    command = [sys.executable, "-m", "celery", "-A", f"bench.saga_app:{app}", "worker"]
-    with _running([*command, *options, *quiet, "--hostname", f"{app}@bench", *more]):
-        yield
-
-
-@contextmanager
-def _relay(database: URL, broker_url: str) -> Iterator[None]:
-    command = [sys.executable, "-c", "from outbox.cli import main; main()", "relay"]
-    urls = {
-        "OUTBOX_DATABASE_URL": database.render_as_string(hide_password=False),
-        "OUTBOX_BROKER_URL": broker_url,
-    }
-    with _running(command, urls):
-        yield
-
-
-@contextmanager
-def _running(command: list[str], environment: dict[str, str] | None = None) -> Iterator[None]:
-    process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
