@@ -23,8 +23,25 @@ LOCK_OR_ADD = (
     "ON CONFLICT DO NOTHING RETURNING op) "
     "SELECT op, false AS new FROM known UNION ALL SELECT op, true AS new FROM added"
 )
+TAKE_ALONG = (
+    "WITH entered AS (INSERT INTO inbox (event_id, handler) SELECT new.id, new.name "
+    "FROM unnest(ARRAY[1, 2], ARRAY['a', 'b']) AS new (id, name) "
+    "WHERE CASE WHEN new.name = 'a' THEN EXISTS (SELECT FROM barrier WHERE barrier.saga = new.id AND barrier.op = 'owed') "
+    "ELSE true END ORDER BY new.id ON CONFLICT DO NOTHING RETURNING event_id, handler), "
+    "withdrawn AS (DELETE FROM barrier USING entered WHERE barrier.saga = entered.event_id AND barrier.op = 'owed' RETURNING barrier.saga) "
+    "SELECT entered.event_id, withdrawn.saga IS NOT NULL AS was_owed FROM entered LEFT JOIN withdrawn ON withdrawn.saga = entered.event_id"
+)
+OWE = "1 INSERT INTO barrier VALUES (1, 's', 'owed')"
+MOVE_SEVERAL = (
+    "UPDATE item SET stock = new.after FROM unnest(ARRAY['apple', 'pear'], ARRAY[5, 1], ARRAY[7, 8]) "
+    "AS new (sku, before, after) WHERE item.sku = new.sku AND item.stock = new.before RETURNING item.sku, item.stock"
+)
 
 SCRIPTS: dict[str, list[str]] = {
+    "note_taken_along_by_the_insert_that_it_allows": [OWE, "1 COMMIT", f"1 {TAKE_ALONG}", "1 COMMIT", "2 SELECT saga FROM barrier", f"2 {TAKE_ALONG}"],
+    "note_that_changes_during_the_wait_is_not_taken_along": [OWE, "1 COMMIT", "1 UPDATE barrier SET op = 'begun'", f"2 {TAKE_ALONG}", "1 COMMIT", "2 COMMIT", "1 SELECT op FROM barrier"],
+    "note_whose_change_is_rolled_back_is_taken_along": [OWE, "1 COMMIT", "1 UPDATE barrier SET op = 'begun'", f"2 {TAKE_ALONG}", "1 ROLLBACK", "2 COMMIT", "1 SELECT op FROM barrier"],
+    "update_of_several_from_lists_leaves_out_what_changed_during_the_wait": ["1 UPDATE item SET stock = 4 WHERE sku = 'apple'", f"2 {MOVE_SEVERAL}", "1 COMMIT", "2 COMMIT", "1 SELECT sku, stock FROM item"],
     "second_inserter_of_a_key_waits_and_finds_a_duplicate": [f"1 {SEEN}", f"2 {SEEN}", "1 COMMIT", "2 COMMIT"],
     "second_inserter_of_a_key_waits_and_wins_after_a_rollback": [f"1 {SEEN}", f"2 {SEEN}", "1 ROLLBACK", "2 COMMIT", f"1 {SEEN}"],
     "plain_insert_of_a_taken_key_fails": ["1 INSERT INTO inbox VALUES (1, 'h')", "1 COMMIT", "2 INSERT INTO inbox VALUES (1, 'h')", "2 SELECT 1", "2 ROLLBACK", "2 SELECT 1"],

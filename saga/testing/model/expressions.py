@@ -195,6 +195,8 @@ def _not(node: exp.Expression) -> Compiled:
 
 def _is(node: exp.Expression) -> Compiled:
     left, right = compile_expression(node.this), compile_expression(node.expression)
+    if node.args.get("negate"):  # IS NOT, which earlier releases of sqlglot read as NOT (… IS …)
+        return lambda env: left(env) is not right(env)
     return lambda env: left(env) is right(env)
 
 
