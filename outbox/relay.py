@@ -52,7 +52,8 @@ class RelaySettings:
     page_bytes: int = 4_000_000
     """Pages get smaller when they are larger than this."""
     shortest_pause: timedelta = timedelta(milliseconds=2)
-    """Pause after an empty read; doubles until `longest_pause`."""
+    """Pause after an empty read, at first: then a quarter of the time for which there was nothing, until
+    `longest_pause`. So an event waits for a fraction of the time that went by since the one before it."""
     longest_pause: timedelta = timedelta(milliseconds=250)
     time_to_live: timedelta = TIME_TO_LIVE
     """How long after a relay's death its lanes are taken over."""
@@ -182,8 +183,10 @@ class Relay:
     # --- the relaying thread
 
     def _relay(self, at: _Connected) -> None:
-        pause = self._settings.shortest_pause.total_seconds()
+        shortest = self._settings.shortest_pause.total_seconds()
+        longest = self._settings.longest_pause.total_seconds()
         chores_at = 0.0
+        moved_at = time.monotonic()
         while not self._stopping.is_set():
             at.pipeline.follow_leases()
             moved = at.pipeline.turn()
@@ -191,15 +194,14 @@ class Relay:
             self._progress = now
             moved |= self._prove(at, now)
             if moved:
-                pause = self._settings.shortest_pause.total_seconds()
+                moved_at = now
                 continue
             at.pipeline.store(now)
             self._bus.keep_alive()
             if now - chores_at > _CHORES_EVERY:
                 chores_at = now
                 self._do_chores(at)
-            self._stopping.wait(pause)
-            pause = min(pause * 2, self._settings.longest_pause.total_seconds())
+            self._stopping.wait(min(max((now - moved_at) / 4, shortest), longest))
         at.pipeline.finish()
 
     def _prove(self, at: _Connected, now: float) -> bool:
