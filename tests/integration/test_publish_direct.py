@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import Engine, make_url, text
 
 from outbox.connections import executor
 from outbox.direct import can_write_directly, write_directly
@@ -82,10 +82,12 @@ def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Co
     assert rows(connection) == []
 
 
-def test_a_lost_connection_is_an_operational_error(connection: psycopg.Connection) -> None:
+def test_a_lost_connection_is_an_operational_error(
+    connection: psycopg.Connection, engine: Engine
+) -> None:
     (pid,) = connection.execute("SELECT pg_backend_pid()").fetchone() or (0,)
-    with psycopg.connect(connection.info.dsn, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,))
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
     with pytest.raises(psycopg.OperationalError):
         write_directly(connection, INSERT, (uuid4(), "a", 1, b"", 1))
     assert connection.closed
