@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
+
+from bench.cpu import read_cpu, spent_since
 
 
 @dataclass
@@ -15,15 +18,21 @@ class Timer:
 
     work: float = 0
     seconds: float = 0
-    cpu: float = 0
+    cpu: Counter[str] = field(default_factory=Counter)
+    """CPU seconds by program."""
 
     @contextmanager
     def counting(self, work: float) -> Iterator[None]:
-        began, cpu_began = time.perf_counter(), time.process_time()
+        cpu_before = read_cpu()
+        began = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - began
-        self.cpu += time.process_time() - cpu_began
+        self.cpu.update(spent_since(cpu_before))
         self.work += work
+
+    def cpu_for_each(self) -> dict[str, float]:
+        """CPU seconds for each unit of work, by program."""
+        return {program: seconds / self.work for program, seconds in self.cpu.most_common()}
 
 
 Measured = Callable[[Timer], None]
@@ -76,8 +85,10 @@ class Result:
     floor: float | None
     ceiling: float | None
     reach: float | None
-    cpu: float
-    """CPU seconds of this process for each unit of work of ours."""
+    cpu: Mapping[str, float]
+    """CPU seconds of every process for each unit of our work, by program."""
+    control_cpu: Mapping[str, float]
+    """The same of the control."""
 
     @property
     def holds(self) -> bool:
@@ -93,16 +104,16 @@ class Result:
 
 def measure(figure: Figure, rounds: int) -> Result:
     """Run ours and the control in the order A B B A, so that neither has the warmer machine."""
-    found: dict[str, list[float]] = {"ours": [], "control": []}
-    cpu = work = 0.0
+    sides = {"ours": figure.ours, "control": figure.control}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    totals = {name: Timer() for name in sides}
     for number in range(rounds):
-        for name in ("ours", "control") if number % 2 == 0 else ("control", "ours"):
+        for name in sides if number % 2 == 0 else reversed(sides):
             timer = Timer()
-            (figure.ours if name == "ours" else figure.control)(timer)
+            sides[name](timer)
             found[name].append(figure.of(timer))
-            if name == "ours":
-                cpu += timer.cpu
-                work += timer.work
+            totals[name].work += timer.work
+            totals[name].cpu.update(timer.cpu)
     value, control = median(found["ours"]), median(found["control"])
     return Result(
         figure.name,
@@ -114,5 +125,6 @@ def measure(figure: Figure, rounds: int) -> Result:
         figure.floor,
         figure.ceiling,
         figure.reach,
-        cpu / work,
+        totals["ours"].cpu_for_each(),
+        totals["control"].cpu_for_each(),
     )

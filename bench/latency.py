@@ -13,6 +13,7 @@ import psycopg
 from sqlalchemy import URL, create_engine
 from sqlalchemy.orm import Session
 
+from bench.cpu import read_cpu, spent_since
 from bench.figures import Figure, Timer, allowed
 from bench.processes import relay, worker
 from bench.publishing import conninfo
@@ -69,7 +70,10 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
 
 
 def _measure(timer: Timer, database: URL, send: Send, percent: int) -> None:
+    cpu_before = read_cpu()
     latencies = _latencies(database, send)
+    spent = spent_since(cpu_before)
+    timer.cpu.update({program: seconds / (WARM_UP + EVENTS) for program, seconds in spent.items()})
     timer.work += 1
     timer.seconds += quantiles(latencies, n=100)[percent - 1]
 

@@ -1,0 +1,56 @@
+"""What the processors did meanwhile, by program: on shared cores a rate also measures the broker.
+
+All processes count, whoever started them, as servers are seldom children of whoever uses them: so measure on a machine
+that does nothing else. The CPU time of a process that has ended in between is lost.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
+import psutil
+
+_BY_ARGUMENT: Final = {
+    "bench.null_relay": "relay",
+    "relay": "relay",
+    "worker": "worker",
+    "test.mock.num.brokers": "kafka mock",
+}
+"""Python's processes, by the first of these that their command line holds."""
+_BY_NAME: Final = {
+    "postgres": "postgresql", "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java",
+}  # fmt: skip
+
+Readings = Mapping[int, tuple[str, float]]
+
+
+def read_cpu() -> Readings:
+    """CPU seconds of every process that runs a program of interest, by process id."""
+    found = {}
+    for process in psutil.process_iter(("name", "cmdline", "cpu_times")):
+        program = _program(process)
+        if program and process.info["cpu_times"]:
+            times = process.info["cpu_times"]
+            found[process.pid] = (program, times.user + times.system)
+    return found
+
+
+def spent_since(before: Readings) -> Counter[str]:
+    """CPU seconds by program since *before* was read."""
+    spent: Counter[str] = Counter()
+    for pid, (program, seconds) in read_cpu().items():
+        spent[program] += seconds - before.get(pid, (program, 0.0))[1]
+    return +spent
+
+
+def _program(process: psutil.Process) -> str | None:
+    if process.pid == os.getpid():
+        return "bench"  # some figures have their relay or their writers in here
+    name: str = process.info["name"]
+    if not name.startswith("python"):
+        return next((known for start, known in _BY_NAME.items() if name.startswith(start)), None)
+    line = " ".join(process.info["cmdline"] or ())
+    return next((known for part, known in _BY_ARGUMENT.items() if part in line), None)
