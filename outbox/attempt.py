@@ -9,144 +9,36 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
-from functools import cached_property
 from random import Random
 from typing import Any
-from uuid import UUID
 
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters, inbox, ordering, pending, quarantine
 from outbox.context import handling
 from outbox.crash_points import crash_point
-from outbox.envelope import Envelope
 from outbox.inbox import Arrival
 from outbox.ordering import Turn
 from outbox.pending import Noted
-from outbox.service import Delivery, Handler, Service
+from outbox.service import Delivery
 from outbox.statements import fetch
 from outbox.transactions import NotBegun
 from outbox.transient import is_lock_timeout, is_transient
+from outbox.work import LIMIT, Busy, Outcome, Work
 
 log = logging.getLogger(__name__)
 
-_LIMIT = """
-SELECT set_config('lock_timeout', :lock, true) AS lock,
-    set_config('idle_in_transaction_session_timeout', :idle, true) AS idle,
-    set_config('statement_timeout', :statement, true) AS statement
-"""
 # One round trip, before anything can wait for a lock.
-_OPEN = f"""{_LIMIT.rstrip()},
+_OPEN = f"""{LIMIT.rstrip()},
     (SELECT attempts FROM {{schema}}.pending_delivery
      WHERE handler = :handler AND event_id = :event_id) AS owed,
     EXISTS (SELECT 1 FROM {{schema}}.dead_letter
      WHERE handler = :handler AND event_id = :event_id) AS parked
 """  # noqa: S608 - only of constants
-
-
-class Outcome(StrEnum):
-    """What became of one delivery. In each case it is settled in the database and can be acked."""
-
-    HANDLED = "handled"
-    DUPLICATE = "duplicate"
-    """Its effect was committed before."""
-    OWED = "owed"
-    """A retry of it is due later; this copy was not needed."""
-    RETRY = "retry"
-    """It failed; a retry was noted."""
-    BUSY = "busy"
-    """Another worker is at it; should that one fail, a retry was noted."""
-    PARKED = "parked"
-    """It is a dead letter, now or from before."""
-    STALE = "stale"
-    """It was addressed to the handler by a note that is gone: settled or withdrawn meanwhile."""
-    EARLY = "early"
-    """Others of its key come first; it is owed until its turn has come."""
-    QUARANTINED = "quarantined"
-
-
-class Busy(Exception):
-    """Another transaction holds this delivery's key, and did not end within `lock_timeout`."""
-
-
-@dataclass(frozen=True)
-class TransactionLimits:
-    """What ends a transaction that hangs, so that a worker that was paused cannot hold up others."""
-
-    lock: timedelta = timedelta(seconds=5)
-    """`lock_timeout` of each transaction."""
-    idle: timedelta = timedelta(seconds=60)
-    """`idle_in_transaction_session_timeout`: the longest a handler may spend between two
-    statements; 0 for no limit."""
-    statement: timedelta = timedelta(minutes=5)
-    """`statement_timeout`: the longest that one statement of a handler may take; 0 for no limit."""
-    lease: timedelta = timedelta(seconds=60)
-    """How long after an attempt was noted it is taken for lost, and the delivery sent again."""
-
-    @cached_property
-    def parameters(self) -> Mapping[str, str]:
-        return {
-            "lock": _milliseconds(self.lock),
-            "idle": _milliseconds(self.idle),
-            "statement": _milliseconds(self.statement),
-        }
-
-    def impose(self, session: Session) -> None:
-        """On the session's transaction, before anything in it can wait for a lock."""
-        session.execute(text(_LIMIT), self.parameters)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One event for one handler."""
-
-    service: Service
-    handler: Handler
-    envelope: Envelope
-    key_seq: int | None = None
-    addressed: bool = False
-    """It came from a `pending_delivery` row, which must still be there for it to run."""
-    limits: TransactionLimits = TransactionLimits()
-
-    @property
-    def schema(self) -> str:
-        return self.service.schema
-
-    @property
-    def pair(self) -> tuple[UUID, str]:
-        """The key of its inbox row."""
-        return self.envelope.id, self.handler.name
-
-    @property
-    def owed(self) -> pending.Owed:
-        return pending.Owed(
-            service=self.service.name,
-            handler=self.handler.name,
-            event_id=self.envelope.id,
-            type=self.envelope.type,
-            body=self.envelope.body,
-            key=self.envelope.key,
-            key_seq=self.key_seq,
-        )
-
-    @property
-    def place(self) -> ordering.Place | None:
-        """Its place in the order of its key; None where its type has no order."""
-        envelope = self.envelope
-        if self.key_seq is None or envelope.key is None:
-            return None
-        return ordering.Place(
-            self.handler.name, envelope.source, envelope.type, envelope.key, self.key_seq
-        )
-
-    def __str__(self) -> str:
-        return f"{self.envelope.type} {self.envelope.id} for {self.handler.name}"
 
 
 def note(session: Session, work: Work) -> Noted | Outcome:
@@ -398,7 +290,3 @@ def _hook_failed(session: Session, work: Work, attempt: int, error: Exception) -
 
 def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _milliseconds(duration: timedelta) -> str:
-    return f"{int(duration.total_seconds() * 1000)}ms"

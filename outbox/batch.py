@@ -26,7 +26,6 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from outbox.attempt import TransactionLimits, Work
 from outbox.context import handling
 from outbox.crash_points import crash_point
 from outbox.errors import MalformedMessage
@@ -34,6 +33,7 @@ from outbox.intake import Incoming, Intake, Payload
 from outbox.pending import EVERY_HANDLER
 from outbox.service import Delivery, Handler
 from outbox.statements import statement
+from outbox.work import TransactionLimits, Work
 
 # Locks the inbox rows first and the notes after them, as a delivery that runs alone does. One subplan
 # for each row, by CASE: what a join would make of it hangs on statistics that a queue outruns.

@@ -20,7 +20,6 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import attempt, pending, quarantine, roll_call, rolls
-from outbox.attempt import Busy, Outcome, TransactionLimits, Work
 from outbox.batch import Batch, Pair, Plan
 from outbox.crash_points import crash_point
 from outbox.errors import MalformedMessage
@@ -28,6 +27,7 @@ from outbox.intake import Incoming, Intake, Payload, id_in
 from outbox.limits import DEFAULT_LIMITS, Limits
 from outbox.service import Service
 from outbox.transactions import NotSettled, Transactions
+from outbox.work import Busy, Outcome, TransactionLimits, Work
 
 log = logging.getLogger(__name__)
 

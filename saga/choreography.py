@@ -15,7 +15,9 @@ from outbox.events import EventType
 
 Exhausted = Literal["stuck", "abort"]
 
-_DECLARING_MODULES: Final = frozenset({"saga.choreography", "saga.declaration", "saga.participant"})
+_DECLARING_MODULES: Final = frozenset(
+    {"saga.choreography", "saga.declaration", "saga.declaring", "saga.participant"}
+)
 
 
 @dataclass(frozen=True, order=True)

@@ -39,9 +39,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from outbox.attempt import Busy
 from outbox.crash_points import crash_point
 from outbox.service import Delivery
+from outbox.work import Busy
 from saga.context import Emission
 from saga.declaration import ExternalStep
 from saga.errors import Unknown

@@ -45,7 +45,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, and_, inspect, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from outbox.attempt import Busy
+from outbox.work import Busy
 from saga.context import current
 from saga.errors import Changed, Held, OutsideSaga
 from saga.participant import Participant

@@ -13,7 +13,7 @@ What holds at READ COMMITTED, and why:
   inbox has forgotten the event; `record` and `advance` name the state that they start from, so a
   transition that is not in the state machine fails instead of being written.
 
-A lock that is not had within `lock_timeout` raises `outbox.attempt.Busy`: the delivery is looked at
+A lock that is not had within `lock_timeout` raises `outbox.work.Busy`: the delivery is looked at
 again later, and waiting for a slow step of the same saga uses up no attempt.
 """
 
@@ -31,13 +31,13 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 
 from outbox import pending
-from outbox.attempt import Busy
 from outbox.connections import Execute, Rows, executor
 from outbox.envelope import Envelope
 from outbox.events import EventType
 from outbox.publishing import append
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.transient import is_lock_timeout
+from outbox.work import Busy
 from saga.context import Emission
 from saga.errors import IllegalTransition
 from saga.journal import (

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn, TypeVar
 
+import hypothesis
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
 
@@ -21,6 +22,10 @@ from tests.local_servers import (
     LocalServer,
 )
 from tests.servers import Room, Unavailable
+
+# No test is timed: on a busy machine any example may take long.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOM = pytest.StashKey[Room]()
 Server = TypeVar("Server", bound=LocalServer)

@@ -212,9 +212,9 @@ def _carry_out(database_url: str, command: str, stage: Callable[[Session], R]) -
     """One transaction, again after a deadlock; a worker that does not let go is a problem."""
     from sqlalchemy import text
 
-    from outbox.attempt import Busy
     from outbox.transactions import NotSettled, Transactions
     from outbox.transient import is_lock_timeout
+    from outbox.work import Busy
 
     def locked_briefly(session: Session) -> R:
         session.execute(text(_LOCK_TIMEOUT))

@@ -20,13 +20,13 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import pending
-from outbox.attempt import Outcome
 from outbox.envelope import decode, encode
 from outbox.events import EventType
 from outbox.ids import new_id
 from outbox.receive import ReceiveSettings
 from outbox.service import Service
 from outbox.statements import statement
+from outbox.work import Outcome
 from saga.context import SAGA_ID
 from saga.control import ABORTED, COMPLETED, CONTROL_EVENTS, SagaAborted, SagaCompleted
 from saga.testing.choreography import Choreography, Message

@@ -16,13 +16,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from outbox import pending
-from outbox.attempt import TransactionLimits
 from outbox.celery import setup
 from outbox.context import current
 from outbox.events import Registry
 from outbox.receive import ReceiveSettings
 from outbox.service import Delivery, Handler, RetryPolicy, Service
 from outbox.sweeper import SweepSettings
+from outbox.work import TransactionLimits
 
 NAME = os.environ.get("BILLING_NAME", "billing")
 registry = Registry()

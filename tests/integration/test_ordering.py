@@ -16,11 +16,11 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import dead_letters, pending, quarantine
-from outbox.attempt import Outcome
 from outbox.dead_letters import Matching
 from outbox.events import Registry
 from outbox.receive import Receiver
 from outbox.service import RetryPolicy, Service
+from outbox.work import Outcome
 
 NOW = timedelta(0)
 EVENTS = text(
@@ -314,7 +314,7 @@ def test_the_first_event_of_a_key_begins_at_once(bank: Bank) -> None:
 
 
 @settings(
-    max_examples=15, deadline=None,
+    max_examples=15,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(seed=st.integers(0, 2**32), keys=st.integers(1, 3), events=st.integers(1, 6))

@@ -12,10 +12,10 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from outbox import attempt, dead_letters, pending, quarantine
-from outbox.attempt import Busy, Work
 from outbox.errors import ConfigurationError
 from outbox.receive import Outcome, ReceiveSettings
 from outbox.service import Delivery, Handler, RetryPolicy
+from outbox.work import Busy, Work
 from tests.receiving import AT_ONCE, Placed, Subscriber, now
 
 BILL = "billing.bill"

@@ -16,9 +16,9 @@ import pytest
 from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.orm import Session
 
-from outbox.attempt import TransactionLimits
 from outbox.receive import Outcome, ReceiveSettings
 from outbox.service import Delivery, RetryPolicy
+from outbox.work import TransactionLimits
 from tests.receiving import NotSettled, Placed, Subscriber
 
 BILL = "billing.bill"

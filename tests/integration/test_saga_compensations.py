@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox.attempt import TransactionLimits
 from outbox.receive import ReceiveSettings
 from outbox.service import RetryPolicy
+from outbox.work import TransactionLimits
 from saga import Participant
 from saga.operating import Operator, resume
 from tests.payments import Killed

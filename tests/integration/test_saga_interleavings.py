@@ -45,7 +45,6 @@ def eager(engine: Engine) -> Shop:
 
 @settings(
     max_examples=120,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

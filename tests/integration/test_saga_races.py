@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from outbox.attempt import TransactionLimits
 from outbox.receive import ReceiveSettings
+from outbox.work import TransactionLimits
 from saga import AlreadyStarted
 from saga.testing.choreography import Message
 from tests.overlapping import StoppingParticipant, overlap
