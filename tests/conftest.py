@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -28,6 +29,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 ROOM = pytest.StashKey[Room]()
+SIMULATION_SEED = "SIMULATION_SEED"
 Server = TypeVar("Server", bound=LocalServer)
 
 
@@ -36,6 +38,8 @@ Server = TypeVar("Server", bound=LocalServer)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_docker: runs through testcontainers")
+    # Fresh ones in every run, the same in all of its processes, and in the header to run them again.
+    os.environ.setdefault(SIMULATION_SEED, str(int(time.time()) % 1_000_000))
     given = getattr(config, "workerinput", {}).get("room")
     config.stash[ROOM] = Room(servers.Path(given)) if given else Room.open()
 
@@ -55,8 +59,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     room.close()
 
 
-def pytest_report_header() -> str:
-    return "servers: " + ", ".join(map(servers.describe, servers.TITLES))
+def pytest_report_header() -> list[str]:
+    return [
+        "servers: " + ", ".join(map(servers.describe, servers.TITLES)),
+        f"simulations: SIMULATION_SEED={os.environ[SIMULATION_SEED]}",
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,7 +24,7 @@ from saga.testing.world import SimulatedService, World
 from tests.payments import Declined, Ordered, OutOfStock, Paid, Stocked
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
-SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
+SEED = int(os.environ["SIMULATION_SEED"])
 FOUND_WITHIN = 150
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from saga.testing.world import Message
 from tests.simulation.mutants import BATCH_MUTANTS, MUTANTS
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
-SEED = int(os.environ.get("SIMULATION_SEED", str(int(time.time()) % 1_000_000)))
+SEED = int(os.environ["SIMULATION_SEED"])
 FOUND_WITHIN = 150
 
 
