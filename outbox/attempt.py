@@ -149,6 +149,8 @@ def settle_failure(
     arrival = _enter(session, work)
     if arrival is not Arrival.FIRST:
         return _settle_repeated(session, work, arrival)
+    # What was found of its key went with the transaction that failed, and those after it must wait.
+    _turn(session, work)
     inbox.take_back(session, work.envelope.id, work.handler.name, schema=work.schema)
     retry = work.handler.retry
     if attempt < retry.attempts:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
+from outbox import ordering
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import statement
 
@@ -62,13 +63,27 @@ def list_holes(
     return [Hole(**row._mapping) for row in rows]
 
 
+@dataclass(frozen=True)
+class Forgotten:
+    """What is missed no longer."""
+
+    events: int
+    keys: int
+    """Ordered keys that had waited for them, and go on."""
+
+
 def forget_gone(
     session: Session, reason: str, *, service: str | None = None, schema: str = DEFAULT_SCHEMA
-) -> int:
-    """Miss no longer what no log has any more, each logged with *reason*; returns how many."""
+) -> Forgotten:
+    """Miss no longer what no log has any more, each logged with *reason*.
+
+    Ordered keys that waited for one of them go on: those that wait for a number of which nothing is
+    known here, while nothing else of the type is missed.
+    """
     rows = session.execute(statement(_FORGET, schema), {"service": service}).all()
     for row in rows:
         log.warning(
             "not missed any more (%s): %s %s for %s", reason, row.type, row.event_id, row.handler
         )
-    return len(rows)
+    keys = ordering.pass_over_lost(session, service=service, schema=schema)
+    return Forgotten(len(rows), keys)

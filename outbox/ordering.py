@@ -12,9 +12,11 @@ before, and moving on finds it and makes it due; or it looks after, and finds it
 failed, is tried again later, or is a dead letter keeps its number, so it holds up its own key and no
 other, until it is redriven or discarded (`pass_over`).
 
-A subscriber that is new sees a key first somewhere in the middle. What comes first is put by for a
-moment (`SETTLE`), so that what it has overtaken can arrive; then the lowest number there begins. A
-lower one that comes later still is handled when it comes: late, but never lost.
+A handler may see a key first somewhere in the middle: it is new, or an event has overtaken the
+first. What comes so is put by (`SETTLE`) until a roll would have named what it has overtaken, and
+for as long as anything of its type is missed (`outbox.roll_call`), up to `GIVE_UP`. Then the lowest
+number begins that is known of here, be it only as failed, parked or quarantined. A lower one that
+comes later still is handled when it comes: late, but never lost.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
+from json.encoder import encode_basestring as quoted
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
@@ -32,13 +35,17 @@ from sqlalchemy.orm import Session
 from outbox.envelope import decode
 from outbox.errors import MalformedMessage
 from outbox.pending import DUE_AT_ONCE
+from outbox.roll_call import IS_HERE
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import fetch
 
 log = logging.getLogger(__name__)
 
-SETTLE: Final = timedelta(seconds=3)
-"""How long the first event seen of a key that is not its first one waits for those before it."""
+SETTLE: Final = timedelta(seconds=10)
+"""How long the first event seen of a key that is not its first one waits for those before it: twice
+as long as the relay takes to name them."""
+GIVE_UP: Final = timedelta(minutes=10)
+"""After this it begins although something of its type is still missed, which may be of other keys."""
 PUT_BY: Final = timedelta(minutes=10)
 """After this an early delivery looks again by itself, whatever became of the one before it."""
 
@@ -48,13 +55,36 @@ VALUES (:handler, :source, :type, :key, CASE WHEN :seq = 1 THEN 1 END)
 ON CONFLICT DO NOTHING
 """
 _LOCK: Final = """
-SELECT next_seq, passed, seen_at + :settle <= clock_timestamp() AS settled
+SELECT next_seq, passed, clock_timestamp() - seen_at AS age
 FROM {schema}.inbox_order
 WHERE handler = :handler AND source = :source AND type = :type AND key = :key FOR UPDATE
 """
-_EARLY: Final = """
+_IS_ANYTHING_MISSED: Final = f"""
+SELECT EXISTS (
+    SELECT 1 FROM {{schema}}.awaited AS a WHERE a.handler = :handler AND a.type = :type AND a.gone_at IS NULL
+        AND NOT ({IS_HERE.format(event="a.event_id", handler="a.handler")})
+) OR EXISTS (
+    SELECT 1 FROM {{schema}}.missed_roll WHERE service = :service AND type = :type
+) AS is_missed
+"""  # noqa: S608 - constants
+_KNOWN_BEFORE: Final = """
 SELECT key_seq, body FROM {schema}.pending_delivery
-WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
+WHERE handler = :handler AND type = :type AND key = :key AND key_seq < :seq
+UNION ALL
+SELECT key_seq, body FROM {schema}.dead_letter
+WHERE handler = :handler AND type = :type AND key = :key AND key_seq < :seq
+UNION ALL
+SELECT key_seq, body FROM {schema}.quarantine
+WHERE service = :service AND key_seq < :seq AND position(:as_written IN body) > 0
+"""
+_WAITING_LONG: Final = """
+SELECT service, handler, type, key, key_seq, body FROM (
+    SELECT *, row_number() OVER (PARTITION BY handler, type, key ORDER BY key_seq) AS place
+    FROM {schema}.pending_delivery
+    WHERE reason = 'early' AND created_at < clock_timestamp() - :age
+        AND (CAST(:service AS text) IS NULL OR service = :service)
+) AS early WHERE place = 1
+ORDER BY handler, type, key
 """
 # The usual way on, where nothing was passed over: no row for what has something to look at.
 _MOVE_ON: Final = """
@@ -102,6 +132,7 @@ class Turn(Enum):
 class Place:
     """A delivery's place in the order of its key."""
 
+    service: str
     handler: str
     source: str
     type: str
@@ -114,9 +145,9 @@ def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tup
     row = _locked(session, place, schema)
     following = row.next_seq
     if following is None:
-        if place.seq != 1 and not row.settled:
+        if place.seq != 1 and not _has_settled(session, place, row.age, schema):
             return Turn.EARLY, SETTLE
-        first = _lowest_there(session, place, schema)
+        first = _lowest_known(session, place, schema)
         following = _set(session, place, first, row.passed, schema)
     if place.seq == following:
         return Turn.NOW, timedelta(0)
@@ -154,8 +185,35 @@ def pass_over(
         return
     of |= {"seq": seq}
     for row in fetch(session, _WAITING_FOR, {**of, "handler": handler}, schema):
-        place = Place(row.handler, of["source"], of["type"], of["key"], seq)
+        place = Place("", row.handler, of["source"], of["type"], of["key"], seq)
         _set(session, place, row.next_seq, [*row.passed, seq], schema)
+
+
+def pass_over_lost(
+    session: Session, *, service: str | None = None, schema: str = DEFAULT_SCHEMA
+) -> int:
+    """Let keys go on that wait for numbers of which nothing is known here, and nothing is missed:
+    events that were lost for good. Returns how many.
+
+    What is put by for less than `GIVE_UP` may only not be named yet, and waits on.
+    """
+    released = 0
+    for row in fetch(session, _WAITING_LONG, {"service": service, "age": GIVE_UP}, schema):
+        source = decode(bytes(row.body)).source
+        place = Place(row.service, row.handler, source, row.type, row.key, row.key_seq)
+        if fetch(session, _IS_ANYTHING_MISSED, vars(place), schema)[0].is_missed:
+            log.warning(
+                "a key of %s waits for its number before %d, and other events of %s are still "
+                "missed: it may be one of them", place.handler, place.seq, place.type,
+            )  # fmt: skip
+            continue
+        order = _locked(session, place, schema)
+        if order.next_seq is None or order.next_seq >= place.seq:
+            continue
+        if not any(known >= order.next_seq for known in _known_before(session, place, schema)):
+            _set(session, place, place.seq, order.passed, schema)
+            released += 1
+    return released
 
 
 def _attributes(body: bytes) -> dict[str, Any] | None:
@@ -177,18 +235,38 @@ def _attributes(body: bytes) -> dict[str, Any] | None:
 
 def _locked(session: Session, place: Place, schema: str) -> Any:
     """The row of the key, written where there is none; locked until the transaction ends."""
-    values = {**vars(place), "settle": SETTLE}
+    values = vars(place)
     while not (rows := fetch(session, _LOCK, values, schema)):
         # Waits for whoever is writing the same, and then finds it.
         fetch(session, _FIRST_SEEN, values, schema)
     return rows[0]
 
 
-def _lowest_there(session: Session, place: Place, schema: str) -> int:
+def _has_settled(session: Session, place: Place, age: timedelta, schema: str) -> bool:
+    """Whether what comes before *place* would be known by now, the key having been seen for *age*."""
+    if age < SETTLE:
+        return False
+    if not fetch(session, _IS_ANYTHING_MISSED, vars(place), schema)[0].is_missed:
+        return True
+    if age >= GIVE_UP:
+        log.warning(
+            "%s begins with number %d of a key though events of %s are missed: one of its own that "
+            "comes after all comes late", place.handler, place.seq, place.type,
+        )  # fmt: skip
+    return age >= GIVE_UP
+
+
+def _lowest_known(session: Session, place: Place, schema: str) -> int:
     """The number at which a handler that has never had this key begins."""
-    early = fetch(session, _EARLY, vars(place), schema)
-    there = [row.key_seq for row in early if decode(bytes(row.body)).source == place.source]
-    return int(min([place.seq, *there]))
+    return min([place.seq, *_known_before(session, place, schema)])
+
+
+def _known_before(session: Session, place: Place, schema: str) -> list[int]:
+    """Lower numbers of its key that are put by, owed, parked or quarantined."""
+    values = {**vars(place), "as_written": f'"partitionkey":{quoted(place.key)}'.encode()}
+    of = {"source": place.source, "type": place.type, "key": place.key}
+    rows = fetch(session, _KNOWN_BEFORE, values, schema)
+    return [row.key_seq for row in rows if _attributes(bytes(row.body)) == of]
 
 
 def _set(

@@ -117,8 +117,9 @@ class Work:
         if self.key_seq is None or envelope.key is None:
             return None
         return ordering.Place(
-            self.handler.name, envelope.source, envelope.type, envelope.key, self.key_seq
-        )
+            self.service.name, self.handler.name, envelope.source, envelope.type, envelope.key,
+            self.key_seq,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.envelope.type} {self.envelope.id} for {self.handler.name}"

@@ -71,11 +71,14 @@ def list_command(
 def forget_command(
     database_url: str, schema: str, service: str | None, reason: str, yes: bool, as_json: bool
 ) -> None:
-    """Forget events that are missed and that their source's log has no more."""
+    """Forget events that are missed and that their source's log has no more.
+
+    Ordered keys that waited for one of them go on.
+    """
     confirm("Forget all events that are missed and can never be sent again?", yes=yes)
     with options.session(database_url, "holes forget") as session:
-        count = holes.forget_gone(session, reason, service=service, schema=schema)
+        done = holes.forget_gone(session, reason, service=service, schema=schema)
     if as_json:
-        print_json({"forgotten": count})
+        print_json({"forgotten": done.events, "keys": done.keys})
     else:
-        click.echo(f"{plural(count, 'hole')} forgotten")
+        click.echo(f"{plural(done.events, 'hole')} forgotten; {plural(done.keys, 'key')} go on")

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox import dead_letters, pending, quarantine
+from outbox import dead_letters, holes, pending, quarantine
 from outbox.dead_letters import Matching
+from outbox.envelope import decode
 from outbox.events import Registry
+from outbox.holes import Forgotten
+from outbox.ordering import GIVE_UP
 from outbox.receive import Receiver
 from outbox.service import RetryPolicy, Service
 from outbox.work import Outcome
@@ -57,10 +60,9 @@ class Bank:
                     "(at bigint GENERATED ALWAYS AS IDENTITY, account text, amount int)"
                 )
             )
-            tables = (
-                "outbox.pending_delivery, outbox.dead_letter, outbox.inbox_order, outbox.outbox_key"
-            )
-            connection.execute(text(f"TRUNCATE booking, outbox.quarantine, {tables}"))
+            kept = "pending_delivery, dead_letter, quarantine, inbox_order, outbox_key, awaited"
+            tables = ", ".join(f"outbox.{name}" for name in kept.split(", "))
+            connection.execute(text(f"TRUNCATE booking, {tables}"))
             top = connection.execute(text("SELECT max(position) FROM outbox.outbox_event"))
             self.after = top.scalar() or 0
         self.books = Service("books", registry=self.registry)
@@ -109,6 +111,38 @@ class Bank:
         while self.deliver_owed():
             pass
 
+    def after_a_while(self, passed: timedelta = timedelta(minutes=1)) -> None:
+        """So much later: what was put by is due."""
+        with self.engine.begin() as connection:
+            for sql in (
+                "UPDATE outbox.inbox_order SET seen_at = seen_at - :passed",
+                "UPDATE outbox.pending_delivery SET created_at = created_at - :passed, "
+                "next_attempt_at = least(next_attempt_at, clock_timestamp())",
+            ):
+                connection.execute(text(sql), {"passed": passed})
+
+    def is_named(self, message: Any, *, is_gone: bool = False) -> None:
+        """A roll has named it; and its source has it no more."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                text(
+                    "INSERT INTO outbox.awaited "
+                    "(handler, event_id, service, type, log, lane, position, next_ask_at, gone_at) "
+                    "VALUES (:handler, :id, 'books', :type, gen_random_uuid(), 0, 1, clock_timestamp(), "
+                    "CASE WHEN :is_gone THEN clock_timestamp() END)"
+                ),
+                {
+                    "is_gone": is_gone,
+                    "handler": self.books.handlers[0].name,
+                    "id": decode(bytes(message.body)).id,
+                    "type": message.type,
+                },
+            )
+
+    def forget_gone(self) -> Forgotten:
+        with Session(self.engine) as session, session.begin():
+            return holes.forget_gone(session, "brought over by hand")
+
     def booked(self) -> dict[str, list[int]]:
         booked: dict[str, list[int]] = defaultdict(list)
         with self.engine.connect() as connection:
@@ -120,6 +154,15 @@ class Bank:
 @pytest.fixture
 def bank(engine: Engine) -> Bank:
     return Bank(engine)
+
+
+def decide(bank: Bank, verb: str) -> None:
+    """What a person does about the dead letter of key a."""
+    with Session(bank.engine) as session, session.begin():
+        if verb == "redrive":
+            assert dead_letters.redrive(session, Matching(key="a")) == 1
+        else:
+            assert dead_letters.discard(session, Matching(key="a"), "not ours") == 1
 
 
 def test_events_that_come_backwards_are_handled_forwards(bank: Bank) -> None:
@@ -167,11 +210,7 @@ def test_a_dead_letter_holds_up_its_key_until_a_person_has_decided(bank: Bank, v
         bank.receive(message)
     bank.settle()
     assert bank.booked() == {"a": [1]}
-    with Session(bank.engine) as session, session.begin():
-        if verb == "redrive":
-            assert dead_letters.redrive(session, Matching(key="a")) == 1
-        else:
-            assert dead_letters.discard(session, Matching(key="a"), "not ours") == 1
+    decide(bank, verb)
     bank.settle()
     assert bank.booked() == {"a": [1, 2, 3, 4] if verb == "redrive" else [1, 3, 4]}
 
@@ -293,15 +332,101 @@ def test_a_new_subscriber_begins_with_the_first_that_it_gets_and_waits_a_moment_
     messages = bank.messages()
     assert bank.receive(messages[3]) is Outcome.EARLY
     assert bank.receive(messages[2]) is Outcome.EARLY
-    with bank.engine.begin() as connection:
-        connection.execute(text("UPDATE outbox.inbox_order SET seen_at = seen_at - interval '1 h'"))
-        connection.execute(
-            text("UPDATE outbox.pending_delivery SET next_attempt_at = clock_timestamp()")
-        )
+    bank.after_a_while()
     bank.settle()
     assert bank.booked() == {"a": [3, 4]}
     assert bank.receive(messages[4]) is Outcome.HANDLED
     assert bank.receive(messages[0]) is Outcome.HANDLED, "late is not lost"
+
+
+@pytest.mark.parametrize("verb", [None, "redrive", "discard"])
+def test_the_first_event_of_a_key_holds_up_those_after_it_when_it_fails(
+    bank: Bank, verb: str | None
+) -> None:
+    bank.publish("a", 3)
+    bank.failures["a", 1] = 1 if verb is None else 2
+    first, second, third = bank.messages()
+    assert bank.receive(first) is Outcome.RETRY
+    if verb is not None:
+        bank.deliver_owed(due=False)
+    assert bank.receive(third) is Outcome.EARLY
+    assert bank.receive(second) is Outcome.EARLY
+    bank.after_a_while()
+    if verb is not None:
+        bank.settle()
+        assert bank.booked() == {}
+        decide(bank, verb)
+    bank.settle()
+    assert bank.booked() == {"a": [2, 3] if verb == "discard" else [1, 2, 3]}
+
+
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+def test_the_first_event_of_a_key_holds_up_those_after_it_when_it_is_quarantined(
+    bank: Bank, verb: str
+) -> None:
+    bank.publish("a", 2)
+    first, second = bank.messages()
+    bank.receiver.quarantine(bytes(first.body), "odd", key_seq=first.key_seq)
+    assert bank.receive(second) is Outcome.EARLY
+    bank.after_a_while()
+    bank.settle()
+    assert bank.booked() == {}
+    with Session(bank.engine) as session, session.begin():
+        (message,) = quarantine.list_messages(session)
+        if verb == "redrive":
+            assert quarantine.redrive(session, message.id)
+        else:
+            assert quarantine.discard(session, message.id, "not ours")
+    bank.after_a_while()
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2] if verb == "redrive" else [2]}
+
+
+def test_the_first_event_of_a_key_holds_up_those_after_it_while_it_is_missed(bank: Bank) -> None:
+    """The broker has lost it, or it lies with a worker that is busy: a roll has named it, and it is not here."""
+    bank.publish("a", 2)
+    first, second = bank.messages()
+    bank.is_named(first)
+    assert bank.receive(second) is Outcome.EARLY
+    bank.after_a_while()
+    bank.settle()
+    assert bank.booked() == {}
+    assert bank.receive(first) is Outcome.HANDLED
+    bank.settle()
+    assert bank.booked() == {"a": [1, 2]}
+
+
+def test_a_key_begins_some_time_although_something_is_missed(
+    bank: Bank, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank.publish("a", 2)
+    bank.publish("b", 1)
+    _, second, of_another = bank.messages()
+    bank.is_named(of_another)
+    assert bank.receive(second) is Outcome.EARLY
+    bank.after_a_while(GIVE_UP)
+    bank.settle()
+    assert bank.booked() == {"a": [2]}
+    assert "are missed" in caplog.text
+
+
+def test_keys_that_wait_for_what_is_gone_go_on_once_it_is_forgotten(bank: Bank) -> None:
+    for account in "abc":
+        bank.publish(account, 3)
+    for message in bank.messages():
+        if message.key_seq != 2:
+            bank.receive(message)
+        elif message.key != "b":
+            bank.is_named(message, is_gone=message.key == "a")
+        else:
+            bank.receiver.quarantine(bytes(message.body), "odd", key_seq=2)
+    assert bank.forget_gone() == Forgotten(1, 0), "they may only not be named yet"
+    bank.after_a_while(GIVE_UP)
+    assert bank.forget_gone() == Forgotten(0, 0), "one of the type is still missed"
+    bank.receive(next(one for one in bank.messages() if (one.key, one.key_seq) == ("c", 2)))
+    assert bank.forget_gone() == Forgotten(0, 1)
+    bank.settle()
+    assert bank.booked() == {"a": [1, 3], "b": [1], "c": [1, 2, 3]}
 
 
 def test_the_first_event_of_a_key_begins_at_once(bank: Bank) -> None:
