@@ -193,14 +193,15 @@ class Relay:
             now = time.monotonic()
             self._progress = now
             moved |= self._prove(at, now)
+            # Also under load that never ends: the log would outgrow its partitions.
+            if now - chores_at > _CHORES_EVERY:
+                chores_at = now
+                self._do_chores(at)
             if moved:
                 moved_at = now
                 continue
             at.pipeline.store(now)
             self._bus.keep_alive()
-            if now - chores_at > _CHORES_EVERY:
-                chores_at = now
-                self._do_chores(at)
             self._stopping.wait(min(max((now - moved_at) / 4, shortest), longest))
         at.pipeline.finish()
 

@@ -399,6 +399,30 @@ def test_partitions_are_made_ahead_and_dropped_when_every_cursor_has_passed(
         publish(migrated_engine, 200)
 
 
+def test_partitions_are_made_while_there_is_always_more_to_send(migrated_engine: Engine) -> None:
+    class Busy(MemoryBus):
+        """Whatever is sent, another event is published."""
+
+        is_busy = True
+
+        def send(self, batch: Sequence[OutgoingMessage]) -> _Batch:
+            if self.is_busy and batch:
+                publish(migrated_engine, 0)
+            return super().send(batch)
+
+    bus = Busy()
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        partitions = Partitions(connection)
+        before = partitions._bounds().keys()
+        connection.execute("SELECT setval('outbox.outbox_event_position', 1500000)")
+        publish(migrated_engine, 0)
+        with running(migrated_engine, bus):
+            try:
+                until(lambda: bool(partitions._bounds().keys() - before), 30)
+            finally:
+                bus.is_busy = False
+
+
 def test_a_log_restored_into_another_cluster_stops_the_relay_and_can_be_adopted(
     migrated_engine: Engine,
 ) -> None:
