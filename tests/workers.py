@@ -84,6 +84,7 @@ class Billing:
         self.kill_workers()
         with self.connection.channel() as channel:
             kombu_queue(self._topology)(channel).delete()
+            channel.queue_delete(f"{self.name}.tasks")
         self.connection.release()
         self.engine.dispose()
 
@@ -209,8 +210,16 @@ class Worker:
     def terminate(self) -> int:
         """A warm shutdown; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        eventually(lambda: not self.is_alive, 30, lambda: self.log)
+        eventually(lambda: not self.is_alive, 30, self._stuck)
         return self.process.wait()
+
+    def _stuck(self) -> str:
+        """The log, with where the threads of its main process are: Celery writes that on SIGUSR1."""
+        length = len(self.log)
+        self.process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: len(self.log) > length, 5)
+        return self.log
 
     def kill(self) -> None:
         """SIGKILL to the worker and all of its children, at once."""

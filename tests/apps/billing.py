@@ -50,6 +50,8 @@ app.conf.broker_transport_options = {
     "unacked_mutex_expire": 1,
 }
 app.conf.worker_prefetch_multiplier = 1
+# Not `celery`: tests that run at the same time share the broker.
+app.conf.task_default_queue = f"{NAME}.tasks"
 
 
 @app.task(name="billing.other")

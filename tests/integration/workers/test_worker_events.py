@@ -77,7 +77,7 @@ def test_the_apps_own_tasks_still_run(billing: Billing, worker: Worker) -> None:
             [["o1"], {}, {}],
             serializer="json",
             exchange="",
-            routing_key="celery",
+            routing_key=f"{billing.name}.tasks",
             headers={"task": "billing.other", "id": f"other-{billing.name}", "argsrepr": "()"},
         )
 
