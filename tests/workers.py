@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from celery import Celery
 from kombu import Connection
 from sqlalchemy import Engine, create_engine, text
@@ -214,12 +215,16 @@ class Worker:
         return self.process.wait()
 
     def _stuck(self) -> str:
-        """The log, with where the threads of its main process are: Celery writes that on SIGUSR1."""
+        """The log, with where its main process is: Celery writes that on SIGUSR1."""
         length = len(self.log)
         self.process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(AssertionError):
             eventually(lambda: len(self.log) > length, 5)
         return self.log
+
+    def processes(self) -> list[psutil.Process]:
+        """Those of its pool."""
+        return psutil.Process(self.process.pid).children()
 
     def kill(self) -> None:
         """SIGKILL to the worker and all of its children, at once."""

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from celery import signals
+from celery.worker import state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from vine import promise
 
+from outbox.celery.closing import await_acceptance
 from outbox.celery.hub import stay_awake
 from outbox.celery.installation import installed
 from outbox.celery.raw import REFUSED
@@ -42,6 +44,12 @@ class Consumer(CeleryConsumer):
     def register_with_event_loop(self, hub: Any) -> None:
         super().register_with_event_loop(hub)
         stay_awake(hub)
+
+    def on_close(self) -> None:
+        stopping: object = state.should_stop
+        if stopping is not None:
+            await_acceptance(self.pool)
+        super().on_close()
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **options)

@@ -6,6 +6,7 @@ Celery's own doing, so on one broker only.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -42,6 +43,25 @@ def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest(
     assert 0 < len(billing.effects_of(*orders)) < len(orders)
     second = billing.worker("--pool", pool, "--concurrency", "2")
     eventually(lambda: billing.effects_of(*orders) == orders, explain=lambda: second.log)
+
+
+def test_a_warm_shutdown_hears_from_a_process_that_was_just_given_an_event(
+    billing: Billing,
+) -> None:
+    worker = billing.worker("--concurrency", "1", "--prefetch-multiplier", "2")
+    (process,) = worker.processes()
+    process.suspend()
+    billing.send(billing.placed("just-given"))
+    eventually(lambda: "received" in worker.log, explain=lambda: worker.log)
+    worker.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "Warm shutdown" in worker.log, explain=lambda: worker.log)
+    billing.send(billing.placed("not-given"))  # wakes it up
+    eventually(lambda: worker.log.count("received") == 2, explain=lambda: worker.log)
+    time.sleep(1)  # its consumer closes, which nothing says
+    process.resume()
+    eventually(lambda: not worker.is_alive, 20, lambda: worker.log)
+    assert billing.effects_of("just-given", "not-given") == ["just-given"]
+    assert billing.queued() == 1
 
 
 @pytest.mark.parametrize("point", ["receive.begun", "receive.before_ack"])
