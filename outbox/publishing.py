@@ -2,7 +2,8 @@
 
 With a SQLAlchemy `Session` the events are held until just before the commit and written there in one statement, after
 the session's own flush: so the rows that an event speaks of are locked before its position is drawn, which is what
-order per key rests on. Inside a savepoint, and on connections, they are written at once.
+order per key rests on. Inside a savepoint, and on connections, they are written at once, and what is held before
+the savepoint begins.
 
 Why nothing held is lost, and nothing rolled back is written: events are held per root transaction of a session, and
 only while no savepoint is open, so no rollback but that of the root can concern them; `before_commit` of that very root
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import psycopg
+from sqlalchemy import Connection
 from sqlalchemy import event as sqlalchemy_events
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
@@ -56,6 +58,7 @@ Event = tuple[EventType, Envelope]
 
 @dataclass(slots=True)
 class _Held:
+    core: Connection
     execute: Execute
     events: list[tuple[str, Event]]
     """Each with the schema that it is for."""
@@ -167,13 +170,15 @@ def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
     root = connection.get_transaction()
     held = None if root is None else _held.get(root)
     if held is None:
-        execute = executor(connection)  # refuses autocommit now, and begins the transaction
+        core = connection.connection()
+        execute = executor(core)  # refuses autocommit now, and begins the transaction
         root = connection.get_transaction()
         if root is None:
             raise NotInTransaction("the session has no transaction; begin one before publishing")
-        held = _held[root] = _Held(execute, [])
+        held = _held[root] = _Held(core, execute, [])
         _listen()
-    if held.is_written:  # another listener publishes, behind ours
+    # Another listener publishes, behind ours; or there is a savepoint that the session does not know of.
+    if held.is_written or held.core.in_nested_transaction():
         connection.flush()
         _write(held.execute, events, schema)
         return
@@ -188,15 +193,31 @@ def _write_held(session: Session) -> None:
     session.flush()
     held = _held[root]
     held.is_written = True
+    _write_out(held)
+
+
+def _write_ahead_of_savepoint(session: Session, begun: SessionTransaction) -> None:
+    """What was published before a savepoint comes before what is published in it, and outlives it.
+
+    SQLAlchemy has flushed by now, and sends SAVEPOINT only with the next statement of its own.
+    """
+    root = session.get_transaction() if begun.nested else None
+    if root is not None and root in _held:
+        _write_out(_held[root])
+
+
+def _write_out(held: _Held) -> None:
     for schema in dict.fromkeys(schema for schema, _ in held.events):
         events = [event for its_schema, event in held.events if its_schema == schema]
         _write(held.execute, events, schema)
+    held.events.clear()
 
 
 @cache
 def _listen() -> None:
     if not sqlalchemy_events.contains(Session, "before_commit", _write_held):
         sqlalchemy_events.listen(Session, "before_commit", _write_held)
+        sqlalchemy_events.listen(Session, "after_transaction_create", _write_ahead_of_savepoint)
 
 
 def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:

@@ -168,6 +168,32 @@ def test_events_held_by_the_root_survive_a_savepoint_rolled_back_around_a_releas
     assert numbers(migrated_engine) == [1]
 
 
+def test_a_savepoint_that_the_session_does_not_know_of_takes_its_events_with_it(
+    migrated_engine: Engine,
+) -> None:
+    with Session(migrated_engine) as session, session.begin():
+        publish(session, Made(1))
+        savepoint = session.connection().begin_nested()
+        publish(session, Made(2))
+        savepoint.rollback()
+    assert numbers(migrated_engine) == [1]
+
+
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+def test_events_around_a_savepoint_keep_their_order(migrated_engine: Engine, ends: str) -> None:
+    with Session(migrated_engine) as session, session.begin():
+        session.connection()
+        publish(session, Made(1))
+        savepoint = session.begin_nested()
+        publish(session, Made(2))
+        getattr(savepoint, ends)()
+        publish(session, Made(3))
+        with session.begin_nested(), session.begin_nested():
+            publish(session, Made(4))
+        publish(session, Made(5))
+    assert numbers(migrated_engine) == [1, *([2] if ends == "commit" else []), 3, 4, 5]
+
+
 def test_a_session_joined_to_an_outer_transaction_publishes_with_that_one(
     migrated_engine: Engine,
 ) -> None:
