@@ -3,12 +3,17 @@
 A request is a row of `replay_request`, written by the worker that took it or by `outbox audit --repair`. Any relay of
 the log answers it, one at a time, and the row goes in the transaction that awaits the broker's confirmation. What is
 lost after that is asked for again.
+
+What the broker does not take must not keep the relay from its events, and it may never take it: a queue that is gone.
+So the requests of that queue are put off, ever longer, and dropped after a day.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
@@ -16,6 +21,7 @@ import psycopg
 from pydantic import ValidationError
 
 from outbox.buses.base import Bus, OutgoingMessage
+from outbox.errors import BusError
 from outbox.ids import new_id
 from outbox.reader import MESSAGE, NOTHING_SEEN, Snapshot
 from outbox.roll_caller import difference
@@ -40,9 +46,16 @@ GONE: Final = "outbox.gone"
 
 _TAKE: Final = """
 DELETE FROM {schema}.replay_request WHERE id = (
-    SELECT id FROM {schema}.replay_request ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED
+    SELECT id FROM {schema}.replay_request WHERE queue <> ALL (%(put_off)s::text[])
+    ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED
 ) RETURNING queue, wanted
 """
+_DROP: Final = """
+DELETE FROM {schema}.replay_request WHERE queue = %(queue)s AND asked_at < clock_timestamp() - interval '1 day'
+RETURNING id
+"""
+_FIRST_WAIT: Final = 10.0
+_LONGEST_WAIT: Final = 600.0
 _WHO: Final = """
 SELECT l.id, (SELECT queue FROM {schema}.outbox_worker ORDER BY noted_at DESC LIMIT 1) FROM {schema}.outbox_log AS l
 """
@@ -81,6 +94,14 @@ ORDER BY 2 LIMIT %(most)s
 """
 
 
+@dataclass(frozen=True, slots=True)
+class _PutOff:
+    """A queue for which the broker took nothing."""
+
+    until: float
+    wait: float
+
+
 class Replies:
     """Answers the requests of one log, through a connection in autocommit."""
 
@@ -90,28 +111,49 @@ class Replies:
         self._connection = connection
         self._bus = bus
         self._schema = schema
+        self._put_off: dict[str, _PutOff] = {}
 
     def answer_one(self) -> bool:
         """Answer the oldest request that no other relay is at; False where there is none. Raises `BusError`."""
-        with self._connection.transaction():
-            taken = self._execute(_TAKE)
-            if not taken:
-                return False
-            queue, text = taken[0]
-            try:
-                wanted = Wanted.model_validate_json(text)
-            except ValidationError:
-                log.exception("a replay request that cannot be read was dropped: %.200s", text)
-                return True
-            ((log_id, ask),) = self._execute(_WHO)
-            messages = self._copies(queue, wanted.events, log_id)
-            messages += [self._page(queue, roll, log_id, ask) for roll in wanted.rolls]
-            if messages:
-                self._bus.send(messages).wait()
+        now = time.monotonic()
+        put_off = [queue for queue, one in self._put_off.items() if one.until > now]
+        queue = ""
+        try:
+            with self._connection.transaction():
+                taken = self._execute(_TAKE, put_off=put_off)
+                if not taken:
+                    return False
+                queue, wanted = taken[0]
+                self._answer(queue, wanted)
+        except BusError as error:
+            self._put_off_requests_of(queue, error)
+            raise
+        self._put_off.pop(queue, None)
+        return True
+
+    def _put_off_requests_of(self, queue: str, error: BusError) -> None:
+        before = self._put_off.get(queue)
+        wait = _FIRST_WAIT if before is None else min(before.wait * 2, _LONGEST_WAIT)
+        self._put_off[queue] = _PutOff(time.monotonic() + wait, wait)
+        log.warning("what %s misses is not sent again for %.0f s: %s", queue, wait, error)
+        dropped = self._execute(_DROP, queue=queue)
+        if dropped:
+            log.error("%d requests of %s could not be answered for a day", len(dropped), queue)
+
+    def _answer(self, queue: str, text: str) -> None:
+        try:
+            wanted = Wanted.model_validate_json(text)
+        except ValidationError:
+            log.exception("a replay request that cannot be read was dropped: %.200s", text)
+            return
+        ((log_id, ask),) = self._execute(_WHO)
+        messages = self._copies(queue, wanted.events, log_id)
+        messages += [self._page(queue, roll, log_id, ask) for roll in wanted.rolls]
+        if messages:
+            self._bus.send(messages).wait()
         log.info(
             "sent again to %s: %d events and %d rolls", queue, len(wanted.events), len(wanted.rolls)
         )
-        return True
 
     def _copies(
         self, queue: str, wanted: Sequence[WantedEvent], log_id: UUID

@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, make_url, text
 from sqlalchemy.orm import Session
 
 import outbox
@@ -31,7 +31,7 @@ from outbox.lanes import Leases
 from outbox.partitions import Partitions
 from outbox.reader import Cursor, Snapshot
 from outbox.relay import Relay, RelaySettings
-from outbox.rolls import is_control
+from outbox.rolls import Wanted, WantedEvent, is_control
 
 registry = Registry()
 
@@ -182,6 +182,44 @@ def test_the_pause_after_a_refusal_grows_with_refusals_in_a_row_and_not_with_tho
         bus.await_numbers({1})
         until(lambda: relay.stats.confirmed == 1)
         assert (relay.stats.failures, relay.stats.refusals) == (3, 0)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_request_of_a_queue_that_is_gone_stops_no_event(
+    migrated_engine: Engine, is_old: bool
+) -> None:
+    class Picky(MemoryBus):
+        refused = 0
+
+        def send(self, batch: Sequence[OutgoingMessage]) -> _Batch:
+            if any(message.queue == "gone.events" for message in batch):
+                self.refused += 1
+                raise BusError("there is no queue gone.events")
+            return super().send(batch)
+
+    bus = Picky()
+    publish(migrated_engine, 0)
+    with migrated_engine.begin() as connection:
+        event = connection.execute(
+            text("SELECT event_id AS id, lane, position FROM outbox.outbox_event")
+        ).one()
+        wanted = Wanted(events=(WantedEvent(**event._mapping),)).model_dump_json()
+        for queue in ["gone.events"] * 5 + ["here.events"]:
+            connection.execute(
+                text(
+                    "INSERT INTO outbox.replay_request (queue, wanted, asked_at) "
+                    "VALUES (:queue, :wanted, now() - make_interval(days => :days))"
+                ),
+                {"queue": queue, "wanted": wanted, "days": 2 if is_old else 0},
+            )
+    with running(migrated_engine, bus) as relay:
+        until(lambda: bus.taken.count(0) >= 2)
+        publish(migrated_engine, *range(1, 200))
+        bus.await_numbers(set(range(200)))
+        assert bus.refused == relay.stats.failures == 1
+    with migrated_engine.connect() as connection:
+        left = connection.execute(text("SELECT queue FROM outbox.replay_request")).scalars()
+        assert list(left) == ([] if is_old else ["gone.events"] * 5)
 
 
 def test_an_error_that_no_bus_should_raise_is_logged_and_everything_is_sent_again(
