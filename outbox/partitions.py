@@ -3,7 +3,7 @@
 Run by the relay that holds lane 0, and harmless when two do it: each step is a transaction under one lock, for which
 whoever comes second does not wait. Nobody else waits either: a lock that cannot be had within 50 ms is tried for again
 next time, and meanwhile the log just grows. Should it fall so far behind that the default partition takes rows, those
-rows stay there and the next partition begins behind them.
+rows stay there until all of them may go, and the next partition begins behind them.
 
 A partition is dropped by the transaction that has locked it against writers first, and has looked then: whoever wrote
 into it has ended by that time, so an event that commits late is seen, or keeps the lock from being had.
@@ -30,6 +30,7 @@ AHEAD: Final = 2
 RETENTION: Final = timedelta(days=7)
 """How long delivered events are kept, for replay."""
 
+_DEFAULT: Final = "outbox_event_default"
 _PARTITIONS = """
 SELECT c.relname,
     regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \\(''?(-?\\d+)''?\\) TO \\(''?(-?\\d+)''?\\)')
@@ -82,6 +83,7 @@ class Partitions:
             pass
         while self._attempt(self._drop_first):
             pass
+        self._attempt(self._empty_default)
 
     def _bounds(self) -> dict[str, tuple[int, int]]:
         rows = self._execute(_PARTITIONS)
@@ -108,17 +110,28 @@ class Partitions:
         name, (_, upper) = min(self._bounds().items(), default=("", (0, 0)))
         if not name or upper > self._last_position():
             return False
-        (old,) = self._execute(_NEWEST_IS_OLD.replace("{name}", name), self._retention)[0]
-        if old is False:
-            return False
-        self._run(f"LOCK TABLE {{schema}}.{name} IN SHARE MODE")
-        if self._execute(_UNREAD.replace("{name}", name))[0][0]:
+        if not self._may_go(name, if_empty=True):
             return False
         self._run(f"DROP TABLE {{schema}}.{name}")
         log.info(
             "dropped partition %s of the log: delivered and older than %s", name, self._retention
         )
         return True
+
+    def _empty_default(self) -> bool:
+        if not self._may_go(_DEFAULT, if_empty=False):
+            return False
+        self._run(f"TRUNCATE {{schema}}.{_DEFAULT}")
+        log.info("emptied the default partition: delivered and older than %s", self._retention)
+        return True
+
+    def _may_go(self, name: str, *, if_empty: bool) -> bool:
+        """Whether all in the partition is old and has been delivered, or *if_empty*; locked against writers if so."""
+        (old,) = self._execute(_NEWEST_IS_OLD.replace("{name}", name), self._retention)[0]
+        if not (if_empty if old is None else old):
+            return False
+        self._run(f"LOCK TABLE {{schema}}.{name} IN SHARE MODE")
+        return not self._execute(_UNREAD.replace("{name}", name))[0][0]
 
     def _attempt(self, step: Callable[[], bool]) -> bool:
         """Whether *step* was done; not where it says so, or has to wait for anybody."""

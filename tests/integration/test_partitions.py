@@ -157,5 +157,19 @@ def test_positions_beyond_all_partitions_go_on_in_new_ones_behind_them(
     Partitions(control).maintain()
     go_to(control, max(upper for _, upper in Partitions(control)._bounds().values()) - 1)
     insert(control)
+    assert count_default(control) == 2
+    forgetful = Partitions(control, retention=timedelta(0))
+    forgetful.maintain()
+    assert count_default(control) == 2
     assert deliver_everything(control) == 2
-    assert control.execute("SELECT count(*) FROM outbox.outbox_event_default").fetchone() == (2,)
+    Partitions(control).maintain()
+    assert count_default(control) == 2
+    forgetful.maintain()
+    assert count_default(control) == 0
+    insert(control)
+    assert deliver_everything(control) == 1
+
+
+def count_default(connection: psycopg.Connection[Any]) -> int:
+    rows = connection.execute("SELECT FROM outbox.outbox_event_default").fetchall()
+    return len(rows)
