@@ -7,12 +7,15 @@ subscribers of its log know where to ask for what they miss.
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from sqlalchemy.orm import Session
 
 from outbox.service import Service
 from outbox.statements import statement
+
+log = logging.getLogger(__name__)
 
 FIRST_ID_OF: Final = (
     "(lpad(to_hex((extract(epoch FROM {at}) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid"
@@ -39,6 +42,13 @@ WHERE service = :service AND ended_at IS NULL AND (handler, type) NOT IN (
     SELECT * FROM unnest(CAST(:handlers AS text[]), CAST(:types AS text[]))
 )
 """
+# Workers note themselves every ten minutes (outbox/vigil.py).
+_OTHERS = """
+SELECT DISTINCT s.handler, s.service FROM {schema}.subscription AS s JOIN {schema}.outbox_worker AS w USING (service)
+WHERE s.handler = ANY(:handlers) AND s.service <> :service AND s.ended_at IS NULL
+    AND w.noted_at > clock_timestamp() - interval '20 minutes'
+ORDER BY s.handler
+"""
 _LISTENS = """
 INSERT INTO {schema}.outbox_worker (service, queue) VALUES (:service, :queue)
 ON CONFLICT (service) DO UPDATE SET queue = EXCLUDED.queue, noted_at = clock_timestamp()
@@ -60,5 +70,11 @@ def note(session: Session, service: Service) -> None:
         "types": [type for _, type, _ in taken],
         "hear": [hears for _, _, hears in taken],
     }
+    for other in session.execute(statement(_OTHERS, service.schema), values):
+        log.error(
+            "handler %s is of service %s here and of service %s, whose tables are in the same schema: each event is "
+            "given to one of them only, as the inbox knows handlers by their names; rename one of them",
+            other.handler, service.name, other.service,
+        )  # fmt: skip
     for sql in (_NOTE, _END, _LISTENS):
         session.execute(statement(sql, service.schema), values)

@@ -324,7 +324,8 @@ class FileBus(MemoryBus):
     def send(self, batch: Sequence[OutgoingMessage]) -> Any:
         with open(self.path, "a") as file:
             for message in batch:
-                file.write(f"{decode(message.body).data['number']}\n")
+                if not is_control(message.body):
+                    file.write(f"{decode(message.body).data['number']}\n")
         return _Batch(self, [])
 
 

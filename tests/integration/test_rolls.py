@@ -11,8 +11,9 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 import outbox
-from outbox import dead_letters
+from outbox import dead_letters, subscriptions
 from outbox.buses.base import OutgoingMessage
+from outbox.service import Service
 from tests.losing import Made, Once, Pair, Sold, is_roll, nothing, number_of, registry
 from tests.workers import eventually
 
@@ -197,3 +198,15 @@ def test_an_event_that_the_log_has_no_more_is_said_to_be_gone(pair: Pair) -> Non
 
         eventually(is_gone, 20, lambda: pair.holes)
     assert [hole.event_id for hole in pair.holes] == [UUID(lost.id)]
+
+
+def test_a_handlers_name_that_two_services_of_one_schema_have_is_said(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.note()
+    assert not caplog.records
+    namesake = Service("till", registry=registry)
+    namesake.on(Made, name="stock.count")(pair._count)
+    with Session(pair.engine) as session, session.begin():
+        subscriptions.note(session, namesake)
+    assert "handler stock.count is of service till here and of service stock" in caplog.text
