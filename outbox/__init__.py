@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from outbox.doorbell import wake_relays
     from outbox.envelope import Envelope
     from outbox.errors import (
         BusError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from outbox.service import Delivery, RetryPolicy, Service
 
 _HOMES = {
+    "outbox.doorbell": ("wake_relays",),
     "outbox.envelope": ("Envelope",),
     "outbox.errors": (
         "BusError", "ConfigurationError", "InvalidPayload", "MalformedMessage", "NotInTransaction", "OutboxError",
@@ -43,7 +45,7 @@ __all__ = [
     "BusError", "ConfigurationError", "Delivery", "Envelope", "InvalidPayload", "MalformedMessage", "NotInTransaction",
     "OutboxError", "PayloadTooLarge", "PublishError", "Registry", "RetryPolicy", "SchemaError", "Service",
     "UnknownEventType", "UnregisteredEvent", "apublish", "apublish_all", "event", "publish", "publish_all", "registry",
-    "upcast",
+    "upcast", "wake_relays",
 ]  # fmt: skip
 
 

@@ -1,10 +1,14 @@
-"""A bell between processes: rung in a child of the worker, heard by the sweeper in its parent."""
+"""A bell between processes, threads and signal handlers of one machine.
+
+A child of the worker rings for the sweeper in its parent; whoever stops a relay, or hears for it, rings for its thread.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
+import weakref
 
 
 class Bell:
@@ -14,6 +18,8 @@ class Bell:
         self._ears, self._rope = os.pipe()
         for end in (self._ears, self._rope):
             os.set_blocking(end, False)
+        self._close = weakref.finalize(self, _close, self._ears, self._rope)
+        self._close.atexit = False
 
     def ring(self) -> None:
         """Make the current or the next `wait` return."""
@@ -31,7 +37,15 @@ class Bell:
                 pass
         return True
 
+    def fileno(self) -> int:
+        """For `select`: readable once it has been rung."""
+        return self._ears
+
     def close(self) -> None:
-        """Give its two file descriptors back."""
-        for end in (self._ears, self._rope):
-            os.close(end)
+        """Give its two file descriptors back, as happens when nobody has it any more."""
+        self._close()
+
+
+def _close(*ends: int) -> None:
+    for end in ends:
+        os.close(end)

@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from outbox.connections import Execute, executor
 from outbox.context import current
+from outbox.doorbell import announce
 from outbox.envelope import Envelope, encode
 from outbox.errors import ConfigurationError, NotInTransaction
 from outbox.events import EventType, Registry
@@ -157,6 +158,7 @@ def append(
 
 
 def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
+    announce(schema)
     if isinstance(connection, scoped_session):
         connection = connection()
     if not isinstance(connection, Session):
@@ -209,6 +211,7 @@ def _write_ahead_of_savepoint(session: Session, begun: SessionTransaction) -> No
 def _write_out(held: _Held) -> None:
     for schema in dict.fromkeys(schema for schema, _ in held.events):
         events = [event for its_schema, event in held.events if its_schema == schema]
+        announce(schema)
         _write(held.execute, events, schema)
     held.events.clear()
 

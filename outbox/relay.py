@@ -5,7 +5,8 @@ vanish: a page is durable before it leaves (`outbox.reader`). What is sent twice
 drops it.
 
 One thread reads, sends and stores; the broker works on one page while the next is read. A second thread keeps the
-leases (`outbox.lanes`), so that a slow broker does not cost the lanes, and stops when the first makes no progress.
+leases (`outbox.lanes`), so that a slow broker does not cost the lanes, and stops when the first makes no progress. A
+third listens for those who publish (`outbox.listening`); without it, events wait for the next look.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
@@ -21,12 +23,14 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy import URL, make_url
 
+from outbox.bell import Bell
 from outbox.buses.base import Bus
 from outbox.cluster import check_cluster
 from outbox.crash_points import crash_point
 from outbox.cursors import CursorStore
 from outbox.errors import BusError, ConfigurationError, SchemaError
 from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
+from outbox.listening import listening
 from outbox.partitions import RETENTION, Partitions
 from outbox.pipeline import Pipeline, RelayStats
 from outbox.pooler import prepare_nothing_if_pooled
@@ -41,6 +45,8 @@ _LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
+_EAGER_PAUSE: Final = 0.0005
+"""Seconds between two looks once it was rung for: the event can be seen as soon as its writer's commit is on disk."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class RelaySettings:
     """Pause after an empty read, at first: then a quarter of the time for which there was nothing, until
     `longest_pause`. So an event waits for a fraction of the time that went by since the one before it."""
     longest_pause: timedelta = timedelta(milliseconds=250)
+    listen: bool = True
+    """Whether whoever publishes can end a pause (`outbox.doorbell`), unless a pooler stands between."""
     time_to_live: timedelta = TIME_TO_LIVE
     """How long after a relay's death its lanes are taken over."""
     in_flight: int = 4
@@ -97,6 +105,8 @@ class Relay:
         self._schema = schema
         self._settings = settings or RelaySettings()
         self._stopping = threading.Event()
+        self._bell = Bell()
+        """Rung to end a pause."""
         self._progress = time.monotonic()
         self._leases: Leases | None = None
         self._finished = threading.Event()
@@ -105,6 +115,7 @@ class Relay:
     def stop(self) -> None:
         """Let `run` end: what is under way is confirmed and stored, and the lanes are given back."""
         self._stopping.set()
+        self._bell.ring()
 
     def run(self) -> None:
         """Relay until `stop` is called. Whatever fails is logged and tried again from the stored cursors.
@@ -116,6 +127,9 @@ class Relay:
         heart.start()
         random = Random()  # noqa: S311 - jitter
         failures = 0
+        ears = ExitStack()
+        if self._settings.listen:
+            ears.enter_context(listening(self._connect, self._schema, self._bell))
         try:
             while not self._stopping.is_set():
                 began = time.monotonic()
@@ -141,6 +155,7 @@ class Relay:
             self._stopping.set()
             self._finished.set()
             heart.join(timeout=10)
+            ears.close()
             self._bus.close()
 
     # --- the leases' thread
@@ -186,7 +201,7 @@ class Relay:
         shortest = self._settings.shortest_pause.total_seconds()
         longest = self._settings.longest_pause.total_seconds()
         chores_at = 0.0
-        moved_at = time.monotonic()
+        moved_at = rung_at = time.monotonic()
         while not self._stopping.is_set():
             at.pipeline.follow_leases()
             moved = at.pipeline.turn()
@@ -202,7 +217,10 @@ class Relay:
                 continue
             at.pipeline.store(now)
             self._bus.keep_alive()
-            self._stopping.wait(min(max((now - moved_at) / 4, shortest), longest))
+            quiet = now - max(moved_at, rung_at)
+            least = _EAGER_PAUSE if rung_at > moved_at else shortest
+            if self._bell.wait(min(max(quiet / 4, least), longest)):
+                rung_at = time.monotonic()
         at.pipeline.finish()
 
     def _prove(self, at: _Connected, now: float) -> bool:

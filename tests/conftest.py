@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
 
+from outbox import doorbell
 from tests import containers, servers
 from tests.databases import Databases
 from tests.local_servers import (
@@ -194,6 +195,14 @@ def migrated_database_url(make_migrated_database: Callable[[], str]) -> str:
 def migrated_engine(migrated_database_url: str, make_engine: Callable[..., Engine]) -> Engine:
     """An engine on `migrated_database_url`."""
     return make_engine(migrated_database_url)
+
+
+@pytest.fixture(autouse=True)
+def _rings_end_with_the_test() -> Iterator[None]:
+    """Workers' apps that a test set up would go on ringing at its database."""
+    yield
+    for bell in doorbell.bells():
+        bell.close()
 
 
 # ---- brokers ----

@@ -23,6 +23,7 @@ from outbox.celery.installation import CONSUMER, Installation, install, installe
 from outbox.celery.starting import BATCH_OPTION, PrepareStep
 from outbox.celery.sweeping import SweeperStep
 from outbox.celery.task import TASK_NAME, ReceiveBatchTask, ReceiveTask
+from outbox.doorbell import wake_relays
 from outbox.errors import ConfigurationError
 from outbox.receive import Receiver, ReceiveSettings
 from outbox.service import Service
@@ -47,12 +48,15 @@ def setup(
     queue_type: QueueType = "quorum",
     events_only: bool = False,
     allow_eager: bool = False,
+    wakes_relays: bool = True,
 ) -> ReceiveTask:
     """Let *app*'s workers handle the events of *service*; returns the task that does.
 
     Either *database_url* or *engine* says where the service's tables are; each worker process
     connects by itself. *queue_type* is for RabbitMQ. *events_only*: consume nothing but the
-    service's queue, so not the app's default queue either. *allow_eager* is for tests. Only JSON is
+    service's queue, so not the app's default queue either. *allow_eager* is for tests.
+    *wakes_relays*: each process that publishes wakes the database's relays, for which it has a
+    thread and one more connection from its first event on (`outbox.wake_relays`). Only JSON is
     accepted by the app from then on. Raises `ConfigurationError`, here or when the worker starts.
     """
     database = engine if engine is not None else database_url
@@ -78,6 +82,8 @@ def setup(
         allow_eager,
     )
     install(app, installation)
+    if wakes_relays:
+        wake_relays(database)
     _when_configured(app, lambda: _configure(app, installation, events_only))
     app.steps["worker"].update((PrepareStep, SweeperStep))
     app.user_options["worker"].add(BATCH_OPTION)
