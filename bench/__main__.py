@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, create_engine, make_url
 
-from bench import horizon, kafka, lanes, latency, publishing, receiving, relaying, sagas
+from bench import horizon, kafka, lanes, latency, publishing, receiving, relaying, sagas, waking
 from bench.figures import Result, measure
 from outbox.schema import upgrade_engine
 
@@ -76,6 +76,7 @@ def main(
             figures += stack.enter_context(sagas.figures(database, redis))
         if any(_is_wanted(name, only) for name in latency.NAMES):
             figures += stack.enter_context(latency.figures(database, redis))
+        figures += waking.figures(database, redis)
         figures += lanes.figures(database, redis)
         # Last: it holds the horizon of the whole cluster from when it is first asked.
         figures += stack.enter_context(horizon.figures(database, behind, held))

@@ -86,8 +86,9 @@ JOIN unnest(%(lanes)s::smallint[], %(positions)s::bigint[]) AS l (lane, position
 ORDER BY e.position
 """  # noqa: S608 - constants
 _ANY_SNAPSHOT = "SELECT pg_current_snapshot()::text"
-# A commit that waits for the disk makes everything before it durable.
-_FLUSH = "SELECT pg_logical_emit_message(true, 'outbox', '')"
+# A commit that waits for the disk makes everything before it durable. One statement, one round trip: it sets how the
+# transaction that it is will be committed.
+_FLUSH = "SELECT set_config('synchronous_commit', 'on', true), pg_logical_emit_message(true, 'outbox', '')"
 
 _HUGE_XID: Final = 2**63 - 1
 _LANE: Final = attrgetter("lane")
@@ -238,9 +239,7 @@ class LogReader:
 
     def make_durable(self) -> None:
         """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them."""
-        with self._connection.transaction():
-            self._connection.execute("SET LOCAL synchronous_commit = on")
-            self._connection.execute(_FLUSH)
+        self._connection.execute(_FLUSH)
 
     def _messages(self, sql: str, **params: Any) -> list[OutgoingMessage]:
         with self._connection.cursor(row_factory=_message_row, binary=True) as cursor:

@@ -45,7 +45,8 @@ _LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
-_EAGER_PAUSE: Final = 0.0005
+_STORE_ANYHOW: Final = 1.0
+_EAGER_PAUSE: Final = 0.00025
 """Seconds between two looks once it was rung for: the event can be seen as soon as its writer's commit is on disk."""
 
 
@@ -215,10 +216,13 @@ class Relay:
             if moved:
                 moved_at = now
                 continue
-            at.pipeline.store(now)
+            awaits_commit = rung_at > moved_at
+            if not awaits_commit or now - moved_at > _STORE_ANYHOW:
+                # Else what is stored could be all that is not on disk when the event can be seen.
+                at.pipeline.store(now)
             self._bus.keep_alive()
             quiet = now - max(moved_at, rung_at)
-            least = _EAGER_PAUSE if rung_at > moved_at else shortest
+            least = _EAGER_PAUSE if awaits_commit else shortest
             if self._bell.wait(min(max(quiet / 4, least), longest)):
                 rung_at = time.monotonic()
         at.pipeline.finish()

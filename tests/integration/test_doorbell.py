@@ -65,19 +65,16 @@ def pausing(engine: Engine, bus: MemoryBus) -> Iterator[Relay]:
     """A relay that has its lanes, listens and does not look by itself."""
     with running(engine, bus, shortest_pause=MINUTE, longest_pause=MINUTE) as relay:
         until(lambda: len(relay._held()) == 16 and bool(sessions(engine, LISTENING)))
+        publish(engine, -1)
         ring(engine)
-        until(lambda: len(sent_by(engine)) == 16)
+        bus.await_numbers({-1})
+        bus.taken.remove(-1)
         yield relay
 
 
 def ring(engine: Engine) -> None:
     with psycopg.connect(conninfo(engine), autocommit=True) as connection:
         connection.execute("NOTIFY outbox_outbox")
-
-
-def sent_by(engine: Engine) -> set[int]:
-    """The lanes of which a cursor is stored."""
-    return sessions(engine, "SELECT lane FROM outbox.outbox_cursor")
 
 
 @pytest.fixture
