@@ -32,6 +32,7 @@ from outbox.errors import BusError, ConfigurationError, SchemaError
 from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
 from outbox.listening import listening
 from outbox.partitions import RETENTION, Partitions
+from outbox.pauses import Pauses
 from outbox.pipeline import Pipeline, RelayStats
 from outbox.pooler import prepare_nothing_if_pooled
 from outbox.reader import LogReader
@@ -45,9 +46,6 @@ _LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
-_STORE_ANYHOW: Final = 1.0
-_EAGER_PAUSE: Final = 0.00025
-"""Seconds between two looks once it was rung for: the event can be seen as soon as its writer's commit is on disk."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class RelaySettings:
     """Pause after an empty read, at first: then a quarter of the time for which there was nothing, until
     `longest_pause`. So an event waits for a fraction of the time that went by since the one before it."""
     longest_pause: timedelta = timedelta(milliseconds=250)
+    longest_pause_if_rung: timedelta = timedelta(seconds=1)
+    """The longest pause while all that is found was rung for (`outbox.pauses`)."""
     listen: bool = True
     """Whether whoever publishes can end a pause (`outbox.doorbell`), unless a pooler stands between."""
     time_to_live: timedelta = TIME_TO_LIVE
@@ -185,8 +185,11 @@ class Relay:
                 )
                 self._leases = None
             else:
+                before = leases.held
                 leases.beat()
                 self._leases = leases
+                if leases.held != before:
+                    self._bell.ring()
             self._stopping.wait(BEAT_EVERY.total_seconds())
         self._finished.wait(20)
         leases.release()
@@ -199,10 +202,8 @@ class Relay:
     # --- the relaying thread
 
     def _relay(self, at: _Connected) -> None:
-        shortest = self._settings.shortest_pause.total_seconds()
-        longest = self._settings.longest_pause.total_seconds()
         chores_at = 0.0
-        moved_at = rung_at = time.monotonic()
+        pauses = self._pauses()
         while not self._stopping.is_set():
             at.pipeline.follow_leases()
             moved = at.pipeline.turn()
@@ -214,18 +215,21 @@ class Relay:
                 chores_at = now
                 self._do_chores(at)
             if moved:
-                moved_at = now
+                pauses.found(now)
                 continue
-            awaits_commit = rung_at > moved_at
-            if not awaits_commit or now - moved_at > _STORE_ANYHOW:
-                # Else what is stored could be all that is not on disk when the event can be seen.
+            if not pauses.awaits_commit:
+                # Else what is stored could be all that is not on disk when the awaited event can be seen.
                 at.pipeline.store(now)
             self._bus.keep_alive()
-            quiet = now - max(moved_at, rung_at)
-            least = _EAGER_PAUSE if awaits_commit else shortest
-            if self._bell.wait(min(max(quiet / 4, least), longest)):
-                rung_at = time.monotonic()
+            if self._bell.wait(pauses.next(now)):
+                pauses.rung(time.monotonic())
         at.pipeline.finish()
+
+    def _pauses(self) -> Pauses:
+        settings = self._settings
+        limits = settings.shortest_pause, settings.longest_pause, settings.longest_pause_if_rung
+        shortest, longest, if_rung = (limit.total_seconds() for limit in limits)
+        return Pauses(shortest, longest, if_rung if settings.listen else longest, time.monotonic())
 
     def _prove(self, at: _Connected, now: float) -> bool:
         """Tell subscribers what was sent, and send again what they miss; True if there is more to do at once."""

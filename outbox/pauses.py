@@ -1,0 +1,58 @@
+"""How long a relay that found nothing waits before it looks again.
+
+A quarter of the time for which there was nothing: so no event waits for more than a fraction of the time that went by
+since the one before it, and looking costs little. Whoever rings (`outbox.doorbell`) ends a pause. As they ring before
+their commit, the relay then looks often until it has found something, again in proportion to the time it has waited.
+
+Where everything that is found was rung for, looking is only a net, and may be cast seldom. One event that nobody rang
+for shows that there are writers who do not ring, and for a while it is cast as often as without a bell.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_EAGER: Final = 0.00025
+"""Least pause, in seconds, while it waits for the commit of whoever rang."""
+_ANNOUNCES: Final = 0.1
+"""For how many seconds a ring or an event announces others: who publishes on and on rings more often than that."""
+_REMEMBERED: Final = 600.0
+"""Seconds for which it is remembered that somebody did not ring."""
+
+
+class Pauses:
+    """Used by one thread. All times are in seconds, *now* is a monotonic clock's."""
+
+    def __init__(self, shortest: float, longest: float, longest_if_rung: float, now: float) -> None:
+        """*longest_if_rung*: the longest pause while all that is found was rung for, if it is longer."""
+        self._shortest = shortest
+        self._longest = longest
+        self._longest_if_rung = max(longest, longest_if_rung)
+        self._found_at = self._rung_at = now
+        self._unannounced_at = float("-inf")
+
+    @property
+    def awaits_commit(self) -> bool:
+        """Whether somebody has rung, and nothing was found since."""
+        return self._rung_at > self._found_at
+
+    def quiet(self, now: float) -> float:
+        """For how long nothing was found and nobody has rung."""
+        return now - max(self._found_at, self._rung_at)
+
+    def found(self, now: float) -> None:
+        """There was something."""
+        if self.quiet(now) > _ANNOUNCES:
+            self._unannounced_at = now
+        self._found_at = now
+
+    def rung(self, now: float) -> None:
+        """Somebody is about to commit."""
+        self._rung_at = now
+
+    def next(self, now: float) -> float:
+        """How long to wait now, unless somebody rings."""
+        all_ring = now - self._unannounced_at > _REMEMBERED
+        longest = self._longest_if_rung if all_ring else self._longest
+        shortest = min(_EAGER, self._shortest) if self.awaits_commit else self._shortest
+        return min(max(self.quiet(now) / 4, shortest), longest)
