@@ -152,12 +152,13 @@ def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
 
         def _moved(self, count: int) -> list[bytes]:
             keys = [self._q_for_pri(queue, 0), self.unacked_key, self.unacked_index_key]
-            with self.conn_or_acquire() as client:
-                if self._script is None:
-                    self._script = client.register_script(_TAKE)
-                moved: list[bytes] = self._script(
-                    keys=keys, args=[count, time.time()], client=client
-                )
+            if (
+                self._script is None
+                or self._script.registered_client.connection_pool is not self.pool
+            ):
+                # A client is kept for it: to make one takes longer than to ask.
+                self._script = self._create_client().register_script(_TAKE)
+            moved: list[bytes] = self._script(keys=keys, args=[count, time.time()])
             return moved
 
         def _take_unreadable(self) -> None:
