@@ -50,9 +50,10 @@ def channel(schema: str) -> str:
 def wake_relays(database: Engine | AsyncEngine | URL | str) -> Doorbell:
     """Let this process, whenever it publishes, wake the relays of *database*, an engine or a URL.
 
-    Without it events wait for a relay's next look, a quarter of a second at most. It takes a thread and a connection
-    from the first event on, in each process that publishes; a forked one makes its own. Nothing is opened before.
-    Called again for the same database, it returns the same. Raises `ConfigurationError` for what is neither.
+    Without it events wait for a relay's next look, a second at most. It takes a thread and a connection from the first
+    event on, in each process that publishes; a forked one makes its own. Nothing is opened before. An event rings at
+    every database that its process was told of. Called again for a database, it returns what it returned. Raises
+    `ConfigurationError` for what is neither.
     """
     database = getattr(database, "sync_engine", database)
     if not isinstance(database, Engine | URL | str):

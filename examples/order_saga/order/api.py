@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from examples.order_saga.order.models import Order
 from examples.order_saga.order.service import UnknownProducts, place_order
+from outbox import wake_relays
 from saga import AlreadyStarted
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w-]+$")]
@@ -52,6 +53,7 @@ def create_app(engine: Engine | None = None) -> Starlette:
     database = engine or create_engine(
         make_url(os.environ["OUTBOX_DATABASE_URL"]).set(drivername="postgresql+psycopg")
     )
+    wake_relays(database)
 
     async def post_order(request: Request) -> JSONResponse:
         order_id = given_id(request) or uuid4()
