@@ -1,4 +1,5 @@
-"""Sagas through real processes, PostgreSQL and RabbitMQ while workers and relays are killed at random.
+"""Sagas through real processes, PostgreSQL and RabbitMQ while every kind of process is killed at random:
+whole workers, their main process or a child of it alone, relays, and the API that customers ask.
 
 `OUTBOX_CHAOS_SAGAS=1000` makes it long; `OUTBOX_CHAOS_SEED` repeats the choice of whom to kill.
 """
@@ -6,10 +7,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from random import Random
 
+import psutil
 import pytest
 
 from examples.order_saga.demo.books import read_books
@@ -27,20 +31,28 @@ SAGAS = int(os.environ.get("OUTBOX_CHAOS_SAGAS", "40"))
 SEED = int(os.environ.get("OUTBOX_CHAOS_SEED", str(int(time.time()) % 1_000_000)))
 SAGAS_PER_KILL = 4
 SECONDS_BETWEEN_KILLS = (0.2, 1.2)
+ORDERS_PER_SECOND = 50.0
+CUSTOMERS_WAIT_SECONDS = 60.0
+PREFORK = ("--pool", "prefork", "--concurrency", "2")
+POOLS = {"one by one": PREFORK, "in batches": (*PREFORK, "--outbox-batch", "10")}
 LIMIT = 120 + SAGAS
 
 pytestmark = pytest.mark.timeout(LIMIT + 60)
 
 
-def test_every_saga_settles_whole_while_workers_and_relays_are_killed_at_random(
-    rabbitmq_url: str,
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_saga_settles_whole_while_every_kind_of_process_is_killed_at_random(
+    rabbitmq_url: str, pool: str
 ) -> None:
     print(f"OUTBOX_CHAOS_SEED={SEED}, {SAGAS} sagas")
     shop = Shop.of(SAGAS, SEED)
-    with stage(shop, database_url=None, broker_url=rabbitmq_url, keep=False) as set_up:
+    with stage(
+        shop, database_url=None, broker_url=rabbitmq_url, keep=False, worker_options=POOLS[pool]
+    ) as set_up:
         told, killed = chaos(set_up, shop, Random(SEED))
     print(f"killed: {dict(killed)}")
-    assert sum(killed.values()) >= SAGAS // SAGAS_PER_KILL
+    assert killed.keys() == VICTIMS.keys()
+    assert killed.total() >= SAGAS // SAGAS_PER_KILL
     summary = summarize(shop, told)
     assert not summary.violations, summary.violations
     assert len(told.accepted) == SAGAS
@@ -53,24 +65,26 @@ def chaos(set_up: Stage, shop: Shop, random: Random) -> tuple[Told, Counter[str]
     for service in services:
         service.wait_until_ready(60)
     killed: Counter[str] = Counter()
-    mortal: list[Process] = [
-        process for one in services for process in (one.worker, one.relay) if process is not None
-    ]
-    with watching(set_up.database_urls) as watch, customers(set_up.base_url, 50.0) as load:
+    victims = list(VICTIMS) * -(-SAGAS // SAGAS_PER_KILL // len(VICTIMS))
+    random.shuffle(victims)
+    with (
+        watching(set_up.database_urls) as watch,
+        customers(set_up.base_url, ORDERS_PER_SECOND, CUSTOMERS_WAIT_SECONDS) as load,
+    ):
         api = set_up.services["order"].api
         assert api is not None
         wait_until_ready(api, lambda: api_answers(load.client))
         began, orders, placed = watch.now(), iter(shop.orders), 0
         next_kill, deadline = time.monotonic(), time.monotonic() + LIMIT
         while True:
-            placed += load.tick(orders, at_most=SAGAS - placed)
-            if sum(killed.values()) * SAGAS_PER_KILL < SAGAS and time.monotonic() > next_kill:
-                victim = random.choice(mortal)
-                victim.kill()
-                victim.start()
-                killed[victim.name] += 1
+            # As slowly as is killed, so that there is work under way each time.
+            due = SAGAS if not victims else (killed.total() + 1) * SAGAS_PER_KILL
+            placed += load.tick(orders, at_most=min(due, SAGAS) - placed)
+            if victims and time.monotonic() > next_kill:
+                if VICTIMS[victims[-1]](set_up, random):
+                    killed[victims.pop()] += 1
                 next_kill = time.monotonic() + random.uniform(*SECONDS_BETWEEN_KILLS)
-            elif placed == SAGAS and load.all_answered:
+            elif not victims and placed == SAGAS and load.all_answered:
                 late = time.monotonic() > deadline
                 if late or (not watch.glance().undecided and watch.is_quiet):
                     books = read_books(set_up.database_urls)
@@ -84,3 +98,52 @@ def chaos(set_up: Stage, shop: Shop, random: Random) -> tuple[Told, Counter[str]
             traffic=traffic,
         )  # fmt: skip
     return told, killed
+
+
+# ---- whom to kill: each says whether somebody was there ----
+
+
+def a_worker(set_up: Stage, random: Random) -> bool:
+    """With all of its children, as when the machine dies."""
+    return _kill_and_start(random.choice([one.worker for one in set_up.services.values()]))
+
+
+def the_main_process_of_a_worker(set_up: Stage, random: Random) -> bool:
+    """Its children go on with what they have in hand, beside the next worker."""
+    worker = random.choice([one.worker for one in set_up.services.values()])
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    worker.start()
+    return True
+
+
+def a_child_of_a_worker(set_up: Stage, random: Random) -> bool:
+    """The pool makes another."""
+    worker = random.choice([one.worker for one in set_up.services.values()])
+    children = psutil.Process(worker.pid).children() if worker.is_running else []
+    if children:
+        random.choice(children).kill()
+    return bool(children)
+
+
+def a_relay(set_up: Stage, random: Random) -> bool:
+    relays = [one.relay for one in set_up.services.values() if one.relay is not None]
+    return _kill_and_start(random.choice(relays))
+
+
+def the_api(set_up: Stage, random: Random) -> bool:
+    api = set_up.services["order"].api
+    assert api is not None
+    return _kill_and_start(api)
+
+
+def _kill_and_start(process: Process) -> bool:
+    process.kill()
+    process.start()
+    return True
+
+
+VICTIMS: dict[str, Callable[[Stage, Random], bool]] = {
+    one.__name__: one
+    for one in (a_worker, the_main_process_of_a_worker, a_child_of_a_worker, a_relay, the_api)
+}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 
@@ -15,6 +15,7 @@ from examples.order_saga.demo.shop import PlannedOrder
 
 CUSTOMERS_AT_ONCE = 4
 TIMEOUT_SECONDS = 10.0
+ASK_AGAIN_AFTER_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Customers:
     client: httpx.Client
     pool: ThreadPoolExecutor
     per_second: float
+    patience: float = 0.0
+    """For how many seconds a customer who gets no answer asks again, with the same key."""
     accepted: list[Accepted] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     _waiting: list[Future[None]] = field(default_factory=list)
@@ -64,7 +67,7 @@ class Customers:
     def _place(self, order: PlannedOrder) -> None:
         began = time.perf_counter()
         try:
-            response = self.client.post("/orders", json=order.body)
+            response = self._ask(order, until=began + self.patience)
         except httpx.HTTPError as error:
             self.refused.append(f"{type(error).__name__}: {error}")
             return
@@ -75,13 +78,24 @@ class Customers:
         else:
             self.refused.append(f"HTTP {response.status_code}: {response.text[:200]}")
 
+    def _ask(self, order: PlannedOrder, until: float) -> httpx.Response:
+        # No answer says nothing: the order may be in. With its key it is placed once all the same.
+        key = {"Idempotency-Key": str(uuid4())}
+        while True:
+            try:
+                return self.client.post("/orders", json=order.body, headers=key)
+            except httpx.TransportError:
+                if time.perf_counter() > until:
+                    raise
+                time.sleep(ASK_AGAIN_AFTER_SECONDS)
+
 
 @contextmanager
-def customers(base_url: str, per_second: float) -> Iterator[Customers]:
+def customers(base_url: str, per_second: float, patience: float = 0.0) -> Iterator[Customers]:
     """Customers of the shop at *base_url*, until the block ends."""
     with httpx.Client(base_url=base_url, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
         pool = ThreadPoolExecutor(CUSTOMERS_AT_ONCE, thread_name_prefix="customer")
         try:
-            yield Customers(client, pool, per_second)
+            yield Customers(client, pool, per_second, patience)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -90,6 +90,11 @@ class Process:
             self._process.wait(max(until - time.monotonic(), 0.0))
         self.kill()
 
+    def wait(self) -> None:
+        """Wait for its end; whoever else is in its group goes on."""
+        if self._process is not None:
+            self._process.wait()
+
     def kill(self) -> None:
         """SIGKILL to the group: no goodbye, as when a machine dies."""
         if self._process is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ PUBLISHERS = ("order", "inventory", "users", "shipping")
 """Services with a relay; analytics has nothing to say."""
 QUEUES = tuple(f"{name}.events" for name in NAMES)
 ROOT = Path(__file__).parents[3]
+THREADS = ("--pool", "threads", "--concurrency", "2")
 REDELIVER_AFTER_SECONDS = 2
 """On Redis, after this what a killed worker had in hand is given out again, when a worker starts."""
 
@@ -79,12 +80,14 @@ class Service:
                 process.check()
 
 
-def make_services(place: Place, api_port: int) -> dict[str, Service]:
+def make_services(
+    place: Place, api_port: int, worker_options: Sequence[str] = THREADS
+) -> dict[str, Service]:
     """The services, none of them started."""
     return {
         name: Service(
             name,
-            worker=_worker(name, place),
+            worker=_worker(name, place, worker_options),
             relay=_relay(name, place) if name in PUBLISHERS else None,
             api=_api(place, api_port) if name == "order" else None,
         )
@@ -114,12 +117,12 @@ def migrate(name: str, database_url: str, shop: Shop) -> None:
         connection.execute(tally.TABLE)
 
 
-def _worker(name: str, place: Place) -> Process:
+def _worker(name: str, place: Place, options: Sequence[str]) -> Process:
     return _process(
         f"{name}-worker",
         [
             *(sys.executable, "-m", "celery", "-A", f"examples.order_saga.{name}.app", "worker"),
-            *("--pool", "threads", "--concurrency", "2", "--hostname", f"{name}@demo"),
+            *(*options, "--hostname", f"{name}@demo"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat"),
             *("--loglevel", "INFO", "--include", tally.__name__),
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,12 @@ class Stage:
 
 @contextmanager
 def stage(
-    shop: Shop, *, database_url: str | None, broker_url: str | None, keep: bool
+    shop: Shop,
+    *,
+    database_url: str | None,
+    broker_url: str | None,
+    keep: bool,
+    worker_options: Sequence[str] = services.THREADS,
 ) -> Iterator[Stage]:
     """Set up servers, databases and services, none of these started; leave nothing behind.
 
@@ -73,7 +78,8 @@ def stage(
             services.migrate(name, url, shop)
             pause(0)
         port = free_port()
-        made = services.make_services(Place(database_urls, broker_url, directory, guard), port)
+        place = Place(database_urls, broker_url, directory, guard)
+        made = services.make_services(place, port, worker_options)
         tidying.callback(lambda: stop_all(p for each in made.values() for p in each.processes))
         yield Stage(
             services=made,
