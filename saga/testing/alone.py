@@ -29,7 +29,7 @@ from outbox.statements import statement
 from outbox.work import Outcome
 from saga.context import SAGA_ID
 from saga.control import ABORTED, COMPLETED, CONTROL_EVENTS, SagaAborted, SagaCompleted
-from saga.testing.choreography import Choreography, Message
+from saga.testing.choreography import Choreography, Message, soonest
 
 _NOT_HANDLED = frozenset({Outcome.RETRY, Outcome.PARKED, Outcome.QUARANTINED, Outcome.BUSY})
 _PUBLISHED = """
@@ -69,7 +69,7 @@ class Alone:
 
     def hear(self, event: object, *, saga_id: UUID | None = None, may_fail: bool = False) -> UUID:
         """Handle *event* as one of the saga given (by default, of a new one), and whatever that
-        leaves to be done here; returns the saga's id.
+        leaves to be done here now (see `let_time_pass`); returns the saga's id.
 
         Raises `AssertionError` where no handler takes it, and where one fails, unless *may_fail*.
         """
@@ -80,6 +80,11 @@ class Alone:
         """Hear from another participant that the saga is aborted, and undo what was done here."""
         aborted = SagaAborted(saga_id, _OTHERS, "test", "the test says so", new_id())
         self._hear(ABORTED, aborted, saga_id, may_fail)
+
+    def let_time_pass(self) -> None:
+        """Handle what is owed for later (a deadline, a delayed step), the first due first."""
+        while later := [one for one in self._play.collect() if one.due is not None]:
+            self._deliver([soonest(later)], may_fail=False)
 
     def complete(self, saga_id: UUID) -> None:
         """Hear from another participant that the saga is completed."""
@@ -135,7 +140,8 @@ class Alone:
                 if may_fail:
                     return
                 raise AssertionError(f"{receipt}: {self._why(failed)}")
-            todo += [one for one in self._play.collect() if one not in todo]
+            due = [one for one in self._play.collect() if one.due is None]
+            todo += [one for one in due if one not in todo]
 
     def _why(self, handlers: list[str]) -> str:
         with Session(self._engine) as session:

@@ -9,12 +9,17 @@ Participants, receiving, journal and databases are the real ones. What the relay
 would do is done here: an event of any log becomes one message for each service that is bound to it,
 and work that a service owes itself becomes a message to the handler that it is owed to. A message
 stays known after its delivery, so it can be delivered again.
+
+No time passes: what is due later (a deadline, a delayed step, a retry) is there at once, with its
+time. `settle` comes to it when nothing else is left to be done; a test that wants it earlier
+delivers it: ``play.deliver(play.owed("orders.give_up"))``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy import Engine
@@ -33,6 +38,8 @@ SELECT position, event_id, type, body FROM {schema}.outbox_event
 WHERE position > :end ORDER BY position
 """
 _EVERYTHING = 1_000_000
+_NOW = timedelta(seconds=1)
+"""What is due within it is due now; also for clocks that differ by a little."""
 _LONG_AGO = UUID(int=0)
 
 Choose = Callable[[Sequence["Message"]], "Message"]
@@ -47,6 +54,8 @@ class Message:
     event_id: UUID
     body: bytes
     handler: str | None = None
+    due: datetime | None = field(default=None, compare=False)
+    """Of work that is owed: when, where that is later than now."""
 
     def __str__(self) -> str:
         return f"{self.type} to {self.handler or self.service}"
@@ -62,6 +71,11 @@ def acquaint(services: Mapping[Service, Engine]) -> None:
                 journal.forget(name)
             for peer in participants:
                 journal.know(peer.name, peer.answers, _LONG_AGO)
+
+
+def soonest(waiting: Sequence[Message]) -> Message:
+    """The oldest of those that are due; where none is, the one that will be first."""
+    return min(waiting, key=lambda one: (one.due is not None, one.due or datetime.max))
 
 
 class Choreography:
@@ -93,7 +107,7 @@ class Choreography:
         self._ends = {log: 0 if from_the_beginning else self._end_of(*log) for log in self._logs()}
 
     def collect(self) -> Sequence[Message]:
-        """Do what relays and sweepers do; returns all that waits. What is owed counts as due."""
+        """Do what relays and sweepers do; returns all that waits, also what is due later."""
         for (engine, schema), end in self._ends.items():
             with Session(engine) as session:
                 for row in session.execute(statement(_NEW_EVENTS, schema), {"end": end}):
@@ -118,7 +132,19 @@ class Choreography:
         self.delivered.append(message)
         return self.receivers[message.service].receive(message.body, handler=message.handler)
 
-    def settle(self, choose: Choose = lambda waiting: waiting[0], *, limit: int = 10_000) -> int:
+    def owed(self, handler: str) -> Message:
+        """The first message that waits for that handler: "orders.give_up", for a deadline.
+
+        Raises `LookupError`, naming what there is.
+        """
+        owed = [one for one in self.collect() if one.handler is not None]
+        for message in owed:
+            if message.handler == handler:
+                return message
+        there = ", ".join(sorted({str(one.handler) for one in owed})) or "nothing"
+        raise LookupError(f"nothing is owed to {handler}; owed is {there}")
+
+    def settle(self, choose: Choose = soonest, *, limit: int = 10_000) -> int:
         """Deliver until nothing waits any more; *choose* says what is next. Returns how many.
 
         Raises `RuntimeError` after *limit* deliveries.
@@ -138,7 +164,10 @@ class Choreography:
                 self.waiting.append(Message(service.name, type, event_id, body))
 
     def _owe(self, owed: pending.PendingDelivery) -> None:
-        message = Message(owed.service, owed.type, owed.event_id, owed.body, owed.handler)
+        later = owed.next_attempt_at
+        if later is not None and later < datetime.now(UTC) + _NOW:
+            later = None
+        message = Message(owed.service, owed.type, owed.event_id, owed.body, owed.handler, later)
         if owed.service in self.receivers and message not in self.waiting:
             self.waiting.append(message)
 

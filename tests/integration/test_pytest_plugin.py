@@ -8,6 +8,7 @@ pytest_plugins = ["pytester"]
 
 SERVICES = """
     from dataclasses import dataclass
+    from datetime import timedelta
     from outbox.events import Registry
     from outbox import Service
     from saga import Participant, Reject
@@ -30,6 +31,11 @@ SERVICES = """
     class Refused:
         id: str
 
+    @registry.event("shop.too_late", key="id")
+    @dataclass(frozen=True)
+    class TooLate:
+        id: str
+
     shop = Participant("shop", registry=registry)
     shop.starts(Placed, nothing_to_undo="nothing is written")
     pack = Participant("pack", registry=registry)
@@ -38,6 +44,10 @@ SERVICES = """
     @shop.join(Packed, completes=True)
     def end(packed, session):
         done.append(("end", packed.id))
+
+    @shop.deadline(minutes=15, rejects=TooLate)
+    def give_up(placed, session):
+        return TooLate(placed.id)
 
     @pack.step(on=Placed, emits=Packed, rejects=Refused)
     def pack_it(placed, session):
@@ -51,6 +61,10 @@ SERVICES = """
     @pack_it.compensation
     def unpack(placed, packed, session):
         done.append(("unpack", placed.id))
+
+    @pack.step(on=Placed, after=timedelta(days=1), nothing_to_undo="a reminder")
+    def remind(placed, session):
+        done.append(("remind", placed.id))
 """
 TESTS = """
     from uuid import uuid4
@@ -98,8 +112,25 @@ TESTS = """
         with Session(saga_engine) as session, session.begin():
             shop.start(session, Placed("g"))
         play.settle()
-        assert done[-2:] == [("pack", "g"), ("end", "g")]
+        assert done[-3:] == [("pack", "g"), ("end", "g"), ("remind", "g")]
         assert ("pack", "d") not in done
+
+    def test_what_is_due_later_comes_when_the_test_says_so(saga_participant):
+        stock = saga_participant(pack)
+        stock.hear(Placed("h"))
+        assert done[-1] == ("pack", "h")
+        stock.let_time_pass()
+        assert done[-1] == ("remind", "h")
+
+    def test_a_deadline_can_come_before_all_else(saga_choreography, saga_engine):
+        play = saga_choreography(shop, pack)
+        with Session(saga_engine) as session, session.begin():
+            shop.start(session, Placed("i"))
+        play.deliver(play.owed("shop.give_up"))
+        play.settle()
+        assert ("end", "i") not in done
+        with pytest.raises(LookupError, match="nothing is owed to shop.give_up; owed is nothing"):
+            play.owed("shop.give_up")
 """
 
 
@@ -123,7 +154,7 @@ def test_participants_run_without_a_broker_on_the_database_given(
         f"def saga_database():\n    return {value}\n"
     )
     result = user.runpytest_subprocess("-q", "-p", "saga.testing.pytest_plugin")
-    result.assert_outcomes(passed=6)
+    result.assert_outcomes(passed=8)
 
 
 def test_without_a_database_the_failure_says_what_to_define(user: pytest.Pytester) -> None:
