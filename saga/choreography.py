@@ -110,6 +110,8 @@ class StepSpec:
     """The event of another saga that it starts, and whose end it waits for."""
     delay_seconds: float | None = None
     """How long after its event it runs; None: at once."""
+    no_deadline: str | None = None
+    """Of a pivot: why it may wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class JoinSpec:
     was: tuple[str, ...] = ()
     needs: int | None = None
     """How many of its events it waits for; None: all."""
+    no_deadline: str | None = None
+    """Of one that completes: why it may wait for ever."""
 
 
 @dataclass(frozen=True)

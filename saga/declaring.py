@@ -43,6 +43,7 @@ class Declaring(Wiring):
         exhausted: Exhausted = "stuck",
         external: bool = False,
         pivot: bool = False,
+        no_deadline: str | None = None,
         retriable: bool = False,
         after: timedelta | None = None,
         name: str | None = None,
@@ -60,7 +61,8 @@ class Declaring(Wiring):
         function's) stands in the journal and in the inbox, so it must outlive refactorings; a step
         that had another one is declared with *was*, until no saga from before is open.
         A *pivot* decides the saga: once it is done the saga is completed, and only goes forward.
-        It may reject. The steps after it are *retriable*: they do not reject, and are not undone.
+        It may reject. *no_deadline* says why it may wait for ever. The steps after it are
+        *retriable*: they do not reject, and are not undone.
         *after* delays it: it runs that long after its event came, if the saga is not aborted then.
         An *external* one acts outside of the database: it is `fn(event)`, called outside of any
         transaction after the intent to do so was committed (see `saga.external`).
@@ -77,7 +79,7 @@ class Declaring(Wiring):
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
                 exhausted=exhausted, was=old_names(was), completes=pivot, retriable=retriable,
-                delay=after,
+                no_deadline=no_deadline, delay=after,
             )  # fmt: skip
             self._declare(step, compensation_retry)
             if isinstance(step, ExternalStep):
@@ -136,6 +138,7 @@ class Declaring(Wiring):
         rejects: EventClasses = None,
         needs: int | None = None,
         completes: bool = False,
+        no_deadline: str | None = None,
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         name: str | None = None,
@@ -148,8 +151,8 @@ class Declaring(Wiring):
         It gets one event of each class, in the order declared, whatever order they came in; once
         per saga, and never after an abort. *needs* says how many are enough (1: any of them): it
         runs as soon as that many have come, with None for each of the others. With *completes*,
-        its commit is the saga's decision: from there it can only go forward. The rest is as in
-        `step`.
+        its commit is the saga's decision: from there it can only go forward; *no_deadline* says why
+        it may wait for ever. The rest is as in `step`.
         """
         place = Place.of_caller()
         what = f"{place}: a join of {self.name}"
@@ -166,7 +169,7 @@ class Declaring(Wiring):
                 function, owner=self._owner, name=name or function.__name__, place=place,
                 on=triggers, emits=answers, rejects=refusals, nothing_to_undo=nothing_to_undo,
                 exhausted=exhausted, completes=completes, was=old_names(was),
-                needs=len(triggers) if needs is None else needs,
+                needs=len(triggers) if needs is None else needs, no_deadline=no_deadline,
             )  # fmt: skip
             self._declare(join, compensation_retry)
             self._add_reaction(join, run_join, park_join, retry)

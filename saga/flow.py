@@ -46,6 +46,7 @@ class Action:
     retriable: bool = False
     needs: int | None = None
     """How many of its events it waits for; None: all."""
+    no_deadline: str | None = None
 
     @property
     def enough(self) -> int:
@@ -283,12 +284,12 @@ def _actions(contract: Contract) -> Iterator[Action]:
             rejects=step.rejects, place=step.place, compensation=step.compensation,
             nothing_to_undo=step.nothing_to_undo, exhausted=step.exhausted,
             external=step.external, resolves=step.resolves, completes=step.pivot,
-            retriable=step.retriable,
+            retriable=step.retriable, no_deadline=step.no_deadline,
         )  # fmt: skip
     for join in spec.joins:
         yield Action(
             kind="join", participant=spec.name, name=join.name, on=join.on, emits=join.emits,
             rejects=join.rejects, place=join.place, completes=join.completes,
             compensation=join.compensation, nothing_to_undo=join.nothing_to_undo,
-            exhausted=join.exhausted, needs=join.needs,
+            exhausted=join.exhausted, needs=join.needs, no_deadline=join.no_deadline,
         )  # fmt: skip

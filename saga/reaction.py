@@ -70,6 +70,7 @@ class Reaction(Generic[P, R]):
         nothing_to_undo: str | None = None,
         exhausted: Exhausted = "stuck",
         completes: bool = False,
+        no_deadline: str | None = None,
         retriable: bool = False,
         delay: timedelta | None = None,
         was: tuple[str, ...] = (),
@@ -84,6 +85,7 @@ class Reaction(Generic[P, R]):
         self.nothing_to_undo = nothing_to_undo
         self.exhausted = exhausted
         self.completes = completes
+        self.no_deadline = no_deadline
         self.retriable = retriable
         self.delay = delay
         self.deadlines: list[Deadline[..., Any]] = []
@@ -180,6 +182,9 @@ class Reaction(Generic[P, R]):
                 f"{what}: exhausted={self.exhausted!r}; it can be {' or '.join(map(repr, _EXHAUSTED))}"
             )
         check_reason(self.nothing_to_undo, what)
+        check_reason(self.no_deadline, what, "no_deadline")
+        if self.no_deadline is not None and not self.completes:
+            raise ConfigurationError(f"{what} decides no saga, so no_deadline says nothing here")
         check_parameters(self.function, self._parameters(), what)
         if self.delay is not None and self.delay <= timedelta(0):
             raise ConfigurationError(f"{what}: after={self.delay} is no time to wait")
@@ -196,9 +201,9 @@ class Reaction(Generic[P, R]):
             )
 
 
-def check_reason(nothing_to_undo: str | None, what: str) -> None:
-    if nothing_to_undo is not None and not nothing_to_undo.strip():
-        raise ConfigurationError(f"{what}: nothing_to_undo needs the reason, in words")
+def check_reason(reason: str | None, what: str, name: str = "nothing_to_undo") -> None:
+    if reason is not None and not reason.strip():
+        raise ConfigurationError(f"{what}: {name} needs the reason, in words")
 
 
 def check_parameters(function: Callable[..., Any], names: list[str], what: str) -> None:

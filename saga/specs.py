@@ -49,6 +49,7 @@ def _step(one: Step[..., Any]) -> StepSpec:
         one.resolver is not None, pivot=one.completes, retriable=one.retriable,
         opens=EventRef.to(one.opens) if isinstance(one, ChildSaga) else None,
         delay_seconds=None if one.delay is None else one.delay.total_seconds(),
+        no_deadline=one.no_deadline,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def _join(one: Join[..., Any]) -> JoinSpec:
     return JoinSpec(
         one.owner.participant, one.name, _refs(one.on), _refs(one.emits), _refs(one.rejects),
         one.completes, one.place, one.undo_place, one.nothing_to_undo, one.exhausted, one.was,
-        needs=None if one.needs == len(one.on) else one.needs,
+        needs=None if one.needs == len(one.on) else one.needs, no_deadline=one.no_deadline,
     )  # fmt: skip
 
 

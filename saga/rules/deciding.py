@@ -110,6 +110,26 @@ def deadline_far_from_decision(flow: Flow) -> Iterator[Finding]:
                 )
 
 
+def no_deadline(flow: Flow) -> Iterator[Finding]:
+    """A decision that waits for others waits for so long and no longer, or says why it may."""
+    for saga in flow.sagas:
+        waiting = [
+            decision
+            for way in saga.ways
+            for decision in way.decisions
+            if any(one.participant != decision.participant for one in way.before[decision])
+            and decision.no_deadline is None
+        ]
+        if waiting and not saga.deadlines:
+            yield warning(
+                "no-deadline",
+                f"{waiting[0]} waits for others, and {saga} has no deadline: one that does not "
+                f"answer leaves it open for as long; declare @{waiting[0].participant}.deadline, or "
+                'say no_deadline="why"',
+                waiting[0].place,
+            )
+
+
 def retriable_before_decision(flow: Flow) -> Iterator[Finding]:
     """What can only succeed and is never undone comes after the decision."""
     for saga in flow.sagas:
@@ -141,5 +161,6 @@ RULES: Final[tuple[Callable[[Flow], Iterator[Finding]], ...]] = (
     abort_after_decision,
     abort_beside_decision,
     deadline_far_from_decision,
+    no_deadline,
     retriable_before_decision,
 )

@@ -30,15 +30,18 @@ def one_name_twice(flow: Flow) -> Iterator[Finding]:
 
 
 def unheard_event(flow: Flow) -> Iterator[Finding]:
-    """A produced event has a consumer; what a completing action says at the end may have none."""
+    """A produced event has a consumer, or is declared as said to whoever cares (`publishes`); what
+    a completing action says at the end needs neither."""
     for action in flow.actions:
         for name in action.answers:
             heard = name in flow.consumers or name in flow.subscribers
-            if not heard and not action.completes:
+            is_terminal = action.completes or name in flow.publishers
+            if not heard and not is_terminal:
                 yield error(
                     "unheard-event",
                     f"{action} emits {name}, and nobody takes it: bind a step, a join or a "
-                    "subscriber to it, or emit nothing",
+                    f"subscriber to it, emit nothing, or say {action.participant}.publishes(...) "
+                    "where it is for whoever cares",
                     action.place,
                 )
 

@@ -38,6 +38,7 @@ SELECT position, event_id, type, body FROM {schema}.outbox_event
 WHERE position > :end ORDER BY position
 """
 _EVERYTHING = 1_000_000
+_LONG_SINCE = datetime.min.replace(tzinfo=UTC)
 _NOW = timedelta(seconds=1)
 """What is due within it is due now; also for clocks that differ by a little."""
 _LONG_AGO = UUID(int=0)
@@ -75,7 +76,7 @@ def acquaint(services: Mapping[Service, Engine]) -> None:
 
 def soonest(waiting: Sequence[Message]) -> Message:
     """The oldest of those that are due; where none is, the one that will be first."""
-    return min(waiting, key=lambda one: (one.due is not None, one.due or datetime.max))
+    return min(waiting, key=lambda one: one.due or _LONG_SINCE)
 
 
 class Choreography:

@@ -39,6 +39,11 @@ class Placed:
 class Packed:
     id: str
 
+@registry.event("shop.too_late", key="id")
+@dataclass(frozen=True)
+class TooLate:
+    id: str
+
 shop = Participant("shop", registry=registry)
 shop.starts(Placed, nothing_to_undo="nothing is written")
 
@@ -55,6 +60,9 @@ WHOLE = (
     + """
 @pack_it.compensation
 def unpack(placed, packed, session): ...
+
+@shop.deadline(minutes=15, rejects=TooLate)
+def give_up(placed, session): ...
 """
 )
 BROKEN = SHOP.replace("emits=Packed", "emits=Placed")
@@ -96,9 +104,12 @@ def test_a_sound_choreography_exits_with_0() -> None:
 def test_warnings_alone_exit_with_0_and_say_file_and_line() -> None:
     result = saga("check", written(SHOP))
     assert result.exit_code == 0
+    waits, acts = result.stdout.splitlines()
+    line = line_of("@shop.join", SHOP)
+    assert waits.startswith(f"shopmod.py:{line}: warning no-deadline: shop.end waits for others")
     line = line_of("@pack.step", SHOP)
-    assert result.stdout.startswith(f"shopmod.py:{line}: warning no-compensation: pack.pack_it ")
-    assert result.stderr == "0 errors, 1 warning\n"
+    assert acts.startswith(f"shopmod.py:{line}: warning no-compensation: pack.pack_it ")
+    assert result.stderr == "0 errors, 2 warnings\n"
 
 
 def test_an_error_exits_with_1_and_says_file_and_line() -> None:

@@ -28,6 +28,11 @@ class Done:
 
 
 @dataclass(frozen=True)
+class TooLate:
+    id: str
+
+
+@dataclass(frozen=True)
 class Placed:
     id: str
     amount: int
@@ -45,9 +50,11 @@ def orders(placed: type = Placed, version: int = 1, *, ordered: bool = False) ->
     registry = Registry()
     registry.event("order.placed", version=version, key="id", ordered=ordered)(placed)
     registry.event("work.done", key="id")(Done)
+    registry.event("order.too_late", key="id")(TooLate)
     order = Participant("order", registry=registry)
     order.starts(placed, nothing_to_undo="nothing is written")
     order.join(Done, completes=True, name="end")(anything)
+    order.deadline(minutes=15, rejects=TooLate, name="too_late")(anything)
     return order
 
 

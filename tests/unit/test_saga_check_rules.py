@@ -19,6 +19,24 @@ def whole(s: Stage) -> None:
     s.order.join(B, completes=True, name="end")(anything)
 
 
+def a_decision_that_waits_for_ever(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.order.join(B, completes=True, name="end")(anything)  # found
+
+
+def a_decision_that_says_why_it_may_wait(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.order.join(B, completes=True, no_deadline="patience", name="end")(anything)
+
+
+def a_decision_that_waits_for_nobody_else(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.order.step(on=A, emits=B, name="take")(anything).compensation(anything)
+    s.order.join(B, completes=True, name="end")(anything)
+
+
 # ---- events ----
 
 
@@ -35,6 +53,13 @@ def two_services_of_two_names(s: Stage) -> None:
 def an_event_that_nobody_takes(s: Stage) -> None:
     whole(s)
     s.pay.step(on=A, emits=C, name="charge", nothing_to_undo="free")(anything)  # found
+
+
+def an_event_for_whoever_cares(s: Stage) -> None:
+    s.order.starts(A).compensation(anything)
+    s.stock.step(on=A, emits=B, rejects=No, pivot=True, name="take")(anything)
+    s.pay.step(on=B, emits=C, retriable=True, name="thank")(anything)
+    s.pay.publishes(C)
 
 
 def an_event_that_a_subscriber_takes(s: Stage) -> None:
@@ -336,12 +361,16 @@ BROKEN: list[tuple[str, str, Declare]] = [
     ("deadline-far-from-decision", "error", a_deadline_far_from_the_decision),
     ("no-compensation", "error", a_step_that_a_deadline_undoes_without_compensation),
     ("abort-after-decision", "error", a_rejection_after_the_pivot),
+    ("no-deadline", "warning", a_decision_that_waits_for_ever),
     ("retriable-before-decision", "error", a_retriable_step_before_the_decision),
     ("abort-beside-decision", "error", an_any_of_join_whose_other_branch_can_reject),
     ("uncertain-call", "warning", a_call_that_nobody_can_ask_about),
     ("no-compensation", "warning", a_step_that_only_a_person_can_abort_without_compensation),
 ]
 SOUND: list[Declare] = [
+    an_event_for_whoever_cares,
+    a_decision_that_says_why_it_may_wait,
+    a_decision_that_waits_for_nobody_else,
     a_deadline_beside_the_decision,
     a_pivot_and_what_is_retriable_after_it,
     an_any_of_join_of_what_comes_instead_of_each_other,
@@ -380,6 +409,22 @@ def test_a_rule_finds_what_breaks_it_at_its_line(
 
 @pytest.mark.parametrize("declare", SOUND, ids=_name)
 def test_nothing_is_found_in_what_is_sound(declare: Declare) -> None:
+    """But for the deadline, which most of them leave out for brevity."""
+    stage = Stage()
+    declare(stage)
+    assert {one.rule for one in check(stage.contracts())} <= {"no-deadline"}
+
+
+@pytest.mark.parametrize(
+    "declare",
+    [
+        a_deadline_beside_the_decision,
+        a_decision_that_says_why_it_may_wait,
+        a_decision_that_waits_for_nobody_else,
+    ],
+    ids=_name,
+)
+def test_a_deadline_ends_the_wait(declare: Declare) -> None:
     stage = Stage()
     declare(stage)
     assert check(stage.contracts()) == []

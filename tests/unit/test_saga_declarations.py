@@ -113,6 +113,14 @@ MISTAKES: dict[str, tuple[Declare, str]] = {
         lambda p: p.step(on=Ordered, nothing_to_undo=" ")(of_one),
         "nothing_to_undo needs the reason",
     ),
+    "no deadline without a reason": (
+        lambda p: p.join(Ordered, completes=True, no_deadline=" ")(of_one),
+        "no_deadline needs the reason",
+    ),
+    "no deadline where nothing is decided": (
+        lambda p: p.step(on=Ordered, no_deadline="patience")(of_one),
+        "decides no saga",
+    ),
     "a start with an event that is not registered": (
         lambda p: p.starts(Unregistered),
         "Unregistered is no event type",

@@ -80,7 +80,14 @@ def cancel_order(created: OrderCreated, session: Session) -> None:
     order.publish(session, OrderCancelled(order_id=created.order_id))
 
 
-@order.join(StockReserved, PointsAdded, ShipmentCreated, emits=OrderConfirmed, completes=True)
+@order.join(
+    StockReserved,
+    PointsAdded,
+    ShipmentCreated,
+    emits=OrderConfirmed,
+    completes=True,
+    no_deadline="an order is worth more than an hour: it waits for whoever is down",
+)
 def confirm_order(
     stock: StockReserved, _points: PointsAdded, shipment: ShipmentCreated, session: Session
 ) -> OrderConfirmed:
