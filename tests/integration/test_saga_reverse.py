@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from outbox.events import Registry
 from saga import Participant, Reject
+from saga.participant import Unwinding
 from saga.retiring import forget_peer
 from saga.testing.choreography import Choreography, Message
 
@@ -49,8 +50,9 @@ class Refused:
 class Stage:
     """Participants on one database, and the order in which they do and undo."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, unwind: Unwinding = "reverse") -> None:
         self.engine = engine
+        self.unwind = unwind
         self.registry = Registry()
         for cls in (Opened, Left, Right, Met, Refused):
             self.registry.event(f"shape.{cls.__name__.lower()}", key="name")(cls)
@@ -63,7 +65,7 @@ class Stage:
             self.done.append("-opener")
 
     def participant(self, name: str) -> Participant:
-        self.participants.append(Participant(name, registry=self.registry))
+        self.participants.append(Participant(name, registry=self.registry, unwind=self.unwind))
         return self.participants[-1]
 
     def step(
@@ -151,7 +153,7 @@ def test_a_chain_is_undone_from_its_end(stage: Stage, choose: Choose) -> None:
     assert set(stage.states(saga_id).values()) == {"compensated"}
 
 
-def test_a_diamond_is_undone_from_its_join(stage: Stage, choose: Choose) -> None:
+def diamond(stage: Stage) -> None:
     stage.step(stage.participant("left"), Opened, Left, "left")
     stage.step(stage.participant("right"), Opened, Right, "right")
     meeting = stage.participant("meeting")
@@ -166,6 +168,10 @@ def test_a_diamond_is_undone_from_its_join(stage: Stage, choose: Choose) -> None
         stage.done.append("-meet")
 
     stage.refuses(Met)
+
+
+def test_a_diamond_is_undone_from_its_join(stage: Stage, choose: Choose) -> None:
+    diamond(stage)
     play = stage.play()
     saga_id = stage.start()
     play.settle(choose)
