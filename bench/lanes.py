@@ -56,7 +56,7 @@ def _draining(database: URL, count: int) -> Callable[[Timer], None]:
             for _ in range(count):
                 process = stack.enter_context(running(command, stdout=subprocess.PIPE))
                 Thread(target=_count, args=(process, taken), daemon=True).start()
-            _await_holders(connection, count)
+            await_holders(connection, count)
             while not taken.empty():
                 taken.get()
             fill(connection, EVENTS)
@@ -81,15 +81,15 @@ def _taking_over(database: URL, broker_url: str) -> Callable[[Timer], None]:
             relay(database, broker_url) as first,
             relay(database, broker_url),
         ):
-            _await_holders(connection, 2)
+            await_holders(connection, 2)
             with timer.counting(1):
                 first.kill()
-                _await_holders(connection, 1)
+                await_holders(connection, 1)
 
     return measured
 
 
-def _await_holders(connection: psycopg.Connection[Any], count: int) -> None:
+def await_holders(connection: psycopg.Connection[Any], count: int) -> None:
     """Until so many relays hold all lanes between them, evenly."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while connection.execute(HOLDERS).fetchone() != (count, LANES):
@@ -104,7 +104,7 @@ def _idling(database: URL, broker_url: str) -> Callable[[Timer], None]:
             psycopg.connect(conninfo(database), autocommit=True) as connection,
             relay(database, broker_url) as process,
         ):
-            _await_holders(connection, 1)
+            await_holders(connection, 1)
             time.sleep(3)  # beyond what a start costs, and what is left from before
             before = _cpu_seconds(process.pid)
             time.sleep(IDLE_SECONDS)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any, Final
 
@@ -18,11 +19,24 @@ from bench.figures import Figure, Timer, allowed
 from bench.processes import relay, worker
 from bench.publishing import conninfo
 
-NAMES: Final = ("commit to handler, p99", "commit to handler, p50")
-RATE: Final = 100
-EVENTS: Final = 500
-WARM_UP: Final = 50
-"""The first of a flow may find a relay that has paused for long; they are sent and not counted."""
+NAMES: Final = (
+    "commit to handler, p99",
+    "commit to handler, p50",
+    "commit to handler after a quiet second, p50",
+)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How many events, how far apart; the first are sent and not counted."""
+
+    events: int
+    seconds_apart: float
+    warm_up: int
+
+
+STEADY: Final = Flow(500, 0.01, 50)
+SELDOM: Final = Flow(10, 1.0, 2)
 PATIENCE_SECONDS: Final = 60.0
 TABLE: Final = "CREATE TABLE IF NOT EXISTS bench_began (number int, at double precision)"
 
@@ -55,8 +69,8 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         stack.enter_context(relay(database, broker_url, "--exchange", "bench_latency"))
         _await_the_workers(database, publish, delay)
 
-        def measured(send: Send, percent: int) -> Callable[[Timer], None]:
-            return lambda timer: _measure(timer, database, send, percent)
+        def measured(send: Send, percent: int, flow: Flow = STEADY) -> Callable[[Timer], None]:
+            return lambda timer: _measure(timer, database, send, percent, flow)
 
         yield [
             Figure(
@@ -66,35 +80,41 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
             Figure(
                 NAMES[1], "ms", measured(publish, 50), allowed(0.015), "allowed", ceiling=1, reach=0.2
             ),
+            Figure(
+                NAMES[2], "ms", measured(publish, 50, SELDOM), measured(delay, 50, SELDOM), "task.delay() after it",
+                ceiling=2, reach=1.5,
+            ),
         ]  # fmt: skip
 
 
-def _measure(timer: Timer, database: URL, send: Send, percent: int) -> None:
+def _measure(timer: Timer, database: URL, send: Send, percent: int, flow: Flow) -> None:
     cpu_before = read_cpu()
-    latencies = _latencies(database, send)
+    latencies = _latencies(database, send, flow)
     spent = spent_since(cpu_before)
-    timer.cpu.update({program: seconds / (WARM_UP + EVENTS) for program, seconds in spent.items()})
+    count = flow.warm_up + flow.events
+    timer.cpu.update({program: seconds / count for program, seconds in spent.items()})
     timer.work += 1
     timer.seconds += quantiles(latencies, n=100)[percent - 1]
 
 
-def _latencies(database: URL, send: Send) -> list[float]:
+def _latencies(database: URL, send: Send, flow: Flow) -> list[float]:
+    count = flow.warm_up + flow.events
     engine = create_engine(database)
     committed: dict[int, float] = {}
     with psycopg.connect(conninfo(database), autocommit=True) as connection:
         connection.execute("TRUNCATE bench_began")
         began = time.monotonic()
-        for number in range(WARM_UP + EVENTS):
+        for number in range(count):
             with Session(engine) as session:
                 after = send(session, number)
                 session.commit()
             committed[number] = time.time()
             if after is not None:
                 after()
-            time.sleep(max(0.0, began + (number + 1) / RATE - time.monotonic()))
-        starts = _await_starts(connection, WARM_UP + EVENTS)
+            time.sleep(max(0.0, began + (number + 1) * flow.seconds_apart - time.monotonic()))
+        starts = _await_starts(connection, count)
     engine.dispose()
-    return [at - committed[number] for number, at in starts.items() if number >= WARM_UP]
+    return [at - committed[number] for number, at in starts.items() if number >= flow.warm_up]
 
 
 def _await_starts(connection: psycopg.Connection[Any], count: int) -> dict[int, float]:

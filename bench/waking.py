@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import closing, nullcontext
 from typing import Final
 
 import psycopg
@@ -12,6 +12,7 @@ from sqlalchemy import URL, Engine, create_engine, text
 from sqlalchemy.orm import Session
 
 from bench.figures import Figure, Timer
+from bench.lanes import await_holders
 from bench.processes import relay
 from bench.publishing import INSERT_ORDER, OrderCreated, conninfo, registry
 from outbox.doorbell import wake_relays
@@ -55,17 +56,16 @@ def _measure(
     timer: Timer, database: URL, broker_url: str, write: Callable[[Session], None], wakes: bool
 ) -> None:
     """With a relay at work, as it is the one that is woken."""
-    with psycopg.connect(conninfo(database), autocommit=True) as connection:
-        connection.execute(ORDERS)
     engine = create_engine(database, pool_size=WRITERS)
-    bell = wake_relays(engine) if wakes else None
-    try:
-        with relay(database, broker_url, "--exchange", "bench_waking"):
-            _run(timer, engine, partial(write))
-    finally:
-        if bell is not None:
-            bell.close()
-        engine.dispose()
+    with (
+        psycopg.connect(conninfo(database), autocommit=True) as connection,
+        relay(database, broker_url, "--exchange", "bench_waking"),
+        closing(wake_relays(engine)) if wakes else nullcontext(),
+    ):
+        connection.execute(ORDERS)
+        await_holders(connection, 1)
+        _run(timer, engine, write)
+    engine.dispose()
 
 
 def _run(timer: Timer, engine: Engine, write: Callable[[Session], None]) -> None:
@@ -74,7 +74,7 @@ def _run(timer: Timer, engine: Engine, write: Callable[[Session], None]) -> None
 
     def work(number: int) -> None:
         with Session(engine) as session:
-            for _ in range(10):
+            for _ in range(50):
                 write(session)
             ready.wait()
             while not over.is_set():

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _AWAKE: Final = 0.005
 """Seconds after an event in which the relay looks so often that the next one need not ring."""
-_AT_LEAST_EVERY: Final = 0.05
+_AT_LEAST_EVERY: Final = 0.1
 """Seconds after which it rings though events keep coming: another relay, with other lanes, may be pausing."""
 _KEEP_CONNECTION: Final = 300.0
 """Seconds without a ring after which the connection is given back."""

@@ -14,7 +14,7 @@ from typing import Final
 
 _EAGER: Final = 0.00025
 """Least pause, in seconds, while it waits for the commit of whoever rang."""
-_ANNOUNCES: Final = 0.1
+_ANNOUNCES: Final = 0.25
 """For how many seconds a ring or an event announces others: who publishes on and on rings more often than that."""
 _REMEMBERED: Final = 600.0
 """Seconds for which it is remembered that somebody did not ring."""
