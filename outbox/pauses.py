@@ -16,6 +16,8 @@ _EAGER: Final = 0.00025
 """Least pause, in seconds, while it waits for the commit of whoever rang."""
 _ANNOUNCES: Final = 0.25
 """For how many seconds a ring or an event announces others: who publishes on and on rings more often than that."""
+_SPARED: Final = 1.0
+"""For how many seconds after something was found a cursor may wait to be stored, while a commit is awaited."""
 _REMEMBERED: Final = 600.0
 """Seconds for which it is remembered that somebody did not ring."""
 
@@ -35,6 +37,13 @@ class Pauses:
     def awaits_commit(self) -> bool:
         """Whether somebody has rung, and nothing was found since."""
         return self._rung_at > self._found_at
+
+    def spares_the_disk(self, now: float) -> bool:
+        """Whether nothing of the relay's own should be written now that another need not wait for.
+
+        It could be all that is not on disk when the awaited event can be seen, and only what is durable is sent.
+        """
+        return self.awaits_commit and now - self._found_at < _SPARED
 
     def quiet(self, now: float) -> float:
         """For how long nothing was found and nobody has rung."""

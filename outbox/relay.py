@@ -217,8 +217,7 @@ class Relay:
             if moved:
                 pauses.found(now)
                 continue
-            if not pauses.awaits_commit:
-                # Else what is stored could be all that is not on disk when the awaited event can be seen.
+            if not pauses.spares_the_disk(now):
                 at.pipeline.store(now)
             self._bus.keep_alive()
             if self._bell.wait(pauses.next(now)):
