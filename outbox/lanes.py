@@ -74,6 +74,8 @@ class Leases:
     relay_id: UUID = field(default_factory=uuid4)
     """Random for each start: a process that comes back is another relay, and its old lanes are free."""
     held: dict[int, int] = field(default_factory=dict)
+    others_live: bool = False
+    """Whether the last heartbeat met those of other relays."""
     _seq: int = 0
     _trusted_until: float = 0.0
 
@@ -112,6 +114,7 @@ class Leases:
 
     def _balance(self) -> None:
         live = {row[0] for row in self._execute(_LIVE)} | {self.relay_id}
+        self.others_live = len(live) > 1
         holders = {lane: (epoch, relay) for lane, epoch, relay in self._execute(_HOLDERS)}
         mine = {lane: epoch for lane, (epoch, relay) in holders.items() if relay == self.relay_id}
         self.held = {lane: epoch for lane, epoch in self.held.items() if mine.get(lane) == epoch}

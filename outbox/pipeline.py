@@ -46,6 +46,23 @@ class RelayStats:
     """Batches that the broker did not confirm, and lost database connections."""
     refusals: int = 0
     """Batches that the broker did not confirm since it last did."""
+    refused_since: float = 0.0
+    """When the first of those was refused, by the monotonic clock."""
+
+    def refuse(self) -> None:
+        """The broker did not confirm."""
+        if not self.refusals:
+            self.refused_since = time.monotonic()
+        self.failures += 1
+        self.refusals += 1
+
+    def forgive(self) -> None:
+        """It has confirmed again, or may have another try."""
+        self.refusals = 0
+
+    def refused_for(self) -> float:
+        """For how many seconds the broker has confirmed nothing of what it was given."""
+        return time.monotonic() - self.refused_since if self.refusals else 0.0
 
 
 @dataclass
@@ -137,8 +154,7 @@ class Pipeline:
 
     def begin_again(self, error: BusError) -> None:
         """The broker did not confirm: everything after the last confirmation is read and sent again."""
-        self._stats.failures += 1
-        self._stats.refusals += 1
+        self._stats.refuse()
         log.warning("%s; sending again", error)
         self._in_flight.clear()
         for group in self._groups:
@@ -201,7 +217,7 @@ class Pipeline:
             sent.confirmation.wait()
             crash_point("relay.confirmed")
             self._in_flight.popleft()
-            self._stats.refusals = 0
+            self._stats.forgive()
             sent.group.confirmed = sent.page.cursor
             self._note_confirmed(sent.page.events)
             self._unstored.update(map(_LANE, sent.page.events))

@@ -4,9 +4,8 @@ Nothing is lost: the stored cursor only ever follows confirmations (`outbox.pipe
 vanish: a page is durable before it leaves (`outbox.reader`). What is sent twice has the same event id, and the inbox
 drops it.
 
-One thread reads, sends and stores; the broker works on one page while the next is read. A second thread keeps the
-leases (`outbox.lanes`), so that a slow broker does not cost the lanes, and stops when the first makes no progress. A
-third listens for those who publish (`outbox.listening`); without it, events wait for the next look.
+One thread reads, sends and stores; the broker works on one page while the next is read. A second one keeps the lanes
+(`outbox.lease_keeper`), a third listens for those who publish (`outbox.listening`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from outbox.cluster import check_cluster
 from outbox.crash_points import crash_point
 from outbox.cursors import CursorStore
 from outbox.errors import BusError, ConfigurationError, SchemaError
-from outbox.lanes import BEAT_EVERY, TIME_TO_LIVE, Leases
+from outbox.lanes import TIME_TO_LIVE
+from outbox.lease_keeper import LeaseKeeper
 from outbox.listening import listening
 from outbox.partitions import RETENTION, Partitions
 from outbox.pauses import Pauses
@@ -42,7 +42,6 @@ from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)
 
-_LONGEST_STALL: Final = 60.0
 _CHORES_EVERY: Final = 10.0
 _LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
@@ -66,6 +65,8 @@ class RelaySettings:
     """Whether whoever publishes can end a pause (`outbox.doorbell`), unless a pooler stands between."""
     time_to_live: timedelta = TIME_TO_LIVE
     """How long after a relay's death its lanes are taken over."""
+    longest_refusal: timedelta = timedelta(seconds=15)
+    """After so long without one confirmation from the broker the lanes are left to other relays, where any live."""
     in_flight: int = 4
     """Pages that may wait for the broker's confirmation."""
     retention: timedelta = RETENTION
@@ -108,14 +109,16 @@ class Relay:
         self._stopping = threading.Event()
         self._bell = Bell()
         """Rung to end a pause."""
-        self._progress = time.monotonic()
-        self._leases: Leases | None = None
-        self._finished = threading.Event()
         self.stats = RelayStats()
+        self._keeper = LeaseKeeper(
+            self._connect, schema, stats=self.stats, changed=self._bell.ring,
+            time_to_live=self._settings.time_to_live, longest_refusal=self._settings.longest_refusal,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Let `run` end: what is under way is confirmed and stored, and the lanes are given back."""
         self._stopping.set()
+        self._keeper.stop()
         self._bell.ring()
 
     def run(self) -> None:
@@ -124,8 +127,7 @@ class Relay:
         Raises `ConfigurationError` for what waiting would not mend: no tables (`SchemaError`), another cluster's log,
         an exchange of another kind.
         """
-        heart = threading.Thread(target=self._keep_leases, name="outbox leases", daemon=True)
-        heart.start()
+        self._keeper.start()
         random = Random()  # noqa: S311 - jitter
         failures = 0
         ears = ExitStack()
@@ -154,50 +156,12 @@ class Relay:
                 self._stopping.wait(min(0.1 * 2 ** min(failures, 7), 10) * random.random())
         finally:
             self._stopping.set()
-            self._finished.set()
-            heart.join(timeout=10)
+            self._keeper.finish()
             ears.close()
             self._bus.close()
 
-    # --- the leases' thread
-
-    def _keep_leases(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                with self._connect() as connection:
-                    leases = Leases(connection, self._schema, self._settings.time_to_live)
-                    self._beat_until_stopped(leases)
-            except psycopg.Error as error:
-                self._leases = None
-                log.warning("leases: %s", str(error).strip() or type(error).__name__)
-                self._stopping.wait(0.5)
-            except Exception:
-                # A relay without this thread would hold no lane and say nothing.
-                self._leases = None
-                log.exception("leases: unexpected; beginning again")
-                self._stopping.wait(0.5)
-
-    def _beat_until_stopped(self, leases: Leases) -> None:
-        while not self._stopping.is_set():
-            if time.monotonic() - self._progress > _LONGEST_STALL:
-                log.error(
-                    "no progress for %.0f s: leaving the lanes to other relays", _LONGEST_STALL
-                )
-                self._leases = None
-            else:
-                before = leases.held
-                leases.beat()
-                self._leases = leases
-                if leases.held != before:
-                    self._bell.ring()
-            self._stopping.wait(BEAT_EVERY.total_seconds())
-        self._finished.wait(20)
-        leases.release()
-        self._leases = None
-
     def _held(self) -> dict[int, int]:
-        leases = self._leases
-        return dict(leases.held) if leases is not None and leases.trusted() else {}
+        return self._keeper.held()
 
     # --- the relaying thread
 
@@ -208,7 +172,7 @@ class Relay:
             at.pipeline.follow_leases()
             moved = at.pipeline.turn()
             now = time.monotonic()
-            self._progress = now
+            self._keeper.note_progress(now)
             moved |= self._prove(at, now)
             # Also under load that never ends: the log would outgrow its partitions.
             if now - chores_at > _CHORES_EVERY:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,38 @@ def test_two_relays_share_the_lanes_and_nothing_is_sent_twice_once_they_have(
         assert sorted(one.taken + two.taken) == list(range(200))
         assert one.taken
         assert two.taken
+
+
+def test_a_relay_that_its_broker_refuses_everything_leaves_its_lanes_to_one_that_gets_through(
+    migrated_engine: Engine,
+) -> None:
+    cut_off, well = MemoryBus(), MemoryBus()
+    cut_off.refuses = 1_000_000
+    short = {"longest_refusal": timedelta(seconds=1)}
+    with (
+        running(migrated_engine, cut_off, **short) as first,
+        running(migrated_engine, well, **short) as second,
+    ):
+        until(lambda: len(first._held()) == 8 and len(second._held()) == 8)
+        publish(migrated_engine, *range(200))
+        well.await_numbers(set(range(200)))
+        cut_off.refuses = 0
+        until(lambda: len(first._held()) == 8)
+        publish(migrated_engine, *range(200, 300))
+        until(lambda: set(range(200, 300)) <= set(well.taken + cut_off.taken))
+
+
+def test_a_relay_that_lives_alone_keeps_its_lanes_however_long_it_is_refused(
+    migrated_engine: Engine,
+) -> None:
+    bus = MemoryBus()
+    bus.refuses = 1_000_000
+    with running(migrated_engine, bus, longest_refusal=timedelta(milliseconds=1)) as relay:
+        publish(migrated_engine, *range(20))
+        until(lambda: relay.stats.refusals > 2)
+        assert len(relay._held()) == 16
+        bus.refuses = 0
+        bus.await_numbers(set(range(20)))
 
 
 def test_lanes_of_a_relay_that_ended_are_taken_at_once(migrated_engine: Engine) -> None:
