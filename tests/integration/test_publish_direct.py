@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, make_url, text
 
+from outbox import direct
 from outbox.connections import executor
 from outbox.direct import can_write_directly, write_directly
 
@@ -80,6 +81,110 @@ def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Co
         executor(connection)(INSERT, (uuid4(), "a", 1, b"", 1), False)
         connection.execute("DELETE FROM kinds")
     assert rows(connection) == []
+
+
+def prepared(connection: psycopg.Connection) -> list[str]:
+    """The inserts that the server has prepared for *connection*."""
+    found = connection.execute(
+        "SELECT statement FROM pg_prepared_statements WHERE statement LIKE 'INSERT%'"
+    )
+    return [statement for (statement,) in found]
+
+
+def write(connection: psycopg.Connection, times: int) -> None:
+    connection.execute("SELECT 1")
+    for _ in range(times):
+        assert write_directly(connection, INSERT, (uuid4(), "a", 1, b"", 1))
+
+
+def test_a_statement_is_prepared_when_a_cursor_would_have_prepared_it(
+    connection: psycopg.Connection,
+) -> None:
+    connection.prepare_threshold = 2
+    write(connection, 2)
+    assert prepared(connection) == []
+    write(connection, 3)
+    assert len(prepared(connection)) == 1
+    assert len(rows(connection)) == 5
+
+
+def test_nothing_is_prepared_where_the_connection_prepares_nothing(
+    connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection.prepare_threshold = None
+    write(connection, 3)
+    assert prepared(connection) == []
+    connection.prepare_threshold = 0
+    connection.cursor_factory = psycopg.ClientCursor
+    write(connection, 3)
+    assert prepared(connection) == []
+    connection.cursor_factory = psycopg.Cursor
+    monkeypatch.setattr(direct, "_KNOWS_THE_ACCOUNT", False)
+    write(connection, 3)
+    assert prepared(connection) == []
+    assert len(rows(connection)) == 9
+
+
+def test_what_was_prepared_and_thrown_away_is_prepared_anew(connection: psycopg.Connection) -> None:
+    connection.prepare_threshold = 0
+    for throw_away in (
+        connection.rollback,
+        lambda: connection.execute("DEALLOCATE ALL"),
+        lambda: connection.execute("ALTER TABLE kinds ADD COLUMN more text"),
+        lambda: _discard_all(connection),
+    ):
+        write(connection, 2)
+        assert len(prepared(connection)) == 1
+        throw_away()
+        write(connection, 2)
+        assert len(prepared(connection)) == 1
+
+
+def _discard_all(connection: psycopg.Connection) -> None:
+    connection.commit()
+    connection.autocommit = True
+    connection.execute("DISCARD ALL")
+    connection.autocommit = False
+
+
+def test_no_more_is_kept_prepared_than_the_connection_may_keep(
+    connection: psycopg.Connection,
+) -> None:
+    connection.prepare_threshold, connection.prepared_max = 0, 1
+    connection.execute("SELECT 1")
+    for _ in range(2):
+        for columns in ("id", "label, id"):
+            sql = f"INSERT INTO kinds ({columns}) VALUES ({'%s, ' * columns.count(',')}%s)"
+            assert write_directly(connection, sql, ("a", uuid4())[-1 - columns.count(",") :])
+    connection.prepare_threshold = None
+    assert len(prepared(connection)) == 1
+
+
+def test_an_error_of_a_prepared_statement_leaves_it_prepared_and_the_connection_usable(
+    connection: psycopg.Connection,
+) -> None:
+    connection.prepare_threshold = 0
+    row = (UUID(int=1), "a", 1, b"", 1)
+    connection.execute("SELECT 1")
+    write_directly(connection, INSERT, row)
+    with pytest.raises(psycopg.errors.UniqueViolation), connection.transaction():
+        write_directly(connection, INSERT, row)
+    write(connection, 2)
+    assert len(rows(connection)) == 3
+
+
+def test_a_statement_that_cannot_be_prepared_raises_and_is_not_taken_for_prepared(
+    connection: psycopg.Connection,
+) -> None:
+    connection.prepare_threshold = 0
+    sql = "INSERT INTO nowhere (id) VALUES (%s)"
+    for _ in range(2):
+        connection.execute("SELECT 1")
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            write_directly(connection, sql, (1,))
+        connection.rollback()
+    connection.execute("CREATE TABLE nowhere (id integer)")
+    assert write_directly(connection, sql, (1,))
 
 
 def test_a_lost_connection_is_an_operational_error(
