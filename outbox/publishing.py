@@ -89,11 +89,13 @@ def publish(
 
     Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
     """
-    (event_id,) = publish_all(
-        connection, [event], source=source, caused_by=caused_by, correlation_id=correlation_id, extensions=extensions,
-        registry=registry, schema=schema, limits=limits,
-    )  # fmt: skip
-    return event_id
+    handled = current()
+    if handled is not None:
+        caused_by = caused_by or handled.envelope
+        source = source or handled.service
+    made = _made(event, registry, source, caused_by, correlation_id, extensions, limits)
+    _append_all(connection, [made], schema)
+    return made[1].id
 
 
 def publish_all(
@@ -113,16 +115,12 @@ def publish_all(
     if handled is not None:
         caused_by = caused_by or handled.envelope
         source = source or handled.service
-    encoded = []
-    for event in events:
-        event_type = registry.of(event)
-        envelope = encode(
-            event_type, event, source=source or event_type.name.split(".", 1)[0], caused_by=caused_by,
-            correlation_id=correlation_id, extensions=extensions, limits=limits,
-        )  # fmt: skip
-        encoded.append((event_type, envelope))
-    _append_all(connection, encoded, schema)
-    return [envelope.id for _, envelope in encoded]
+    made = [
+        _made(event, registry, source, caused_by, correlation_id, extensions, limits)
+        for event in events
+    ]
+    _append_all(connection, made, schema)
+    return [envelope.id for _, envelope in made]
 
 
 async def apublish(
@@ -155,6 +153,22 @@ def append(
 ) -> None:
     """Write an envelope that was made before (`encode`), as `publish` writes its own."""
     _append_all(connection, [(event_type, envelope)], schema)
+
+
+def _made(
+    event: object,
+    registry: Registry,
+    source: str | None,
+    caused_by: Envelope | None,
+    correlation_id: str | None,
+    extensions: Mapping[str, str | int] | None,
+    limits: Limits,
+) -> Event:
+    event_type = registry.of(event)
+    return event_type, encode(
+        event_type, event, source=source or event_type.name.split(".", 1)[0], caused_by=caused_by,
+        correlation_id=correlation_id, extensions=extensions, limits=limits,
+    )  # fmt: skip
 
 
 def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
@@ -224,28 +238,25 @@ def _listen() -> None:
 
 
 def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
+    if len(events) == 1 and not events[0][0].ordered:  # most calls
+        execute(in_schema(_INSERT_ONE, schema), _row(events[0][1], None), False)
+        return
     is_ordered = any(event_type.ordered for event_type, _ in events)
     sequences = _count(execute, events, schema) if is_ordered else [None] * len(events)
     rows = [
-        (
-            lane_of(envelope),
-            envelope.id,
-            event_type.name,
-            event_type.version,
-            envelope.key,
-            key_seq,
-            envelope.body,
-        )
-        for (event_type, envelope), key_seq in zip(events, sequences, strict=True)
+        _row(envelope, key_seq) for (_, envelope), key_seq in zip(events, sequences, strict=True)
     ]
     if len(rows) == 1:
         execute(in_schema(_INSERT_ONE, schema), rows[0], False)
     elif rows:
-        execute(
-            in_schema(_INSERT_MANY, schema),
-            [list(column) for column in zip(*rows, strict=True)],
-            False,
-        )
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        execute(in_schema(_INSERT_MANY, schema), columns, False)
+
+
+def _row(envelope: Envelope, key_seq: int | None) -> tuple[Any, ...]:
+    return (
+        lane_of(envelope), envelope.id, envelope.type, envelope.version, envelope.key, key_seq, envelope.body,
+    )  # fmt: skip
 
 
 def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int | None]:

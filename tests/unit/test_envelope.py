@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_serializer, field_validator
 
 from outbox.envelope import Envelope, decode, encode
 from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, PayloadTooLarge
@@ -71,6 +71,11 @@ class OrderNoted:
 @registry.event("anything.happened")
 class Anything(BaseModel):
     value: Any = None
+
+
+@registry.event("names.given")
+class Named(RootModel[dict[Any, Any]]):
+    """Its names are data, and two of them can be one in JSON."""
 
 
 ORDERS = st.builds(
@@ -184,6 +189,23 @@ def test_fields_travel_under_their_aliases_unless_the_class_says_otherwise() -> 
         assert other.read(envelope.type, 1, envelope.data) == payload
 
 
+def test_the_attributes_are_those_of_the_bytes() -> None:
+    before = datetime.now(UTC)
+    envelope = encoded(OrderNoted(1))
+    body = json.loads(envelope.body)
+    assert body["id"] == str(envelope.id)
+    assert envelope.id == UUID(body["id"])
+    assert datetime.fromisoformat(body["time"]) == envelope.time
+    assert before <= envelope.time <= datetime.now(UTC)
+
+
+def test_an_envelope_cannot_be_changed() -> None:
+    envelope = encoded(OrderNoted(1))
+    with pytest.raises(FrozenInstanceError):
+        envelope.key = "2"  # type: ignore[misc]
+    assert replace(envelope, key="2") != envelope
+
+
 def test_ids_sort_by_the_time_that_they_were_made_at() -> None:
     ids = [encoded(OrderNoted(n)).id for n in range(100)]
     assert ids == sorted(ids)
@@ -242,8 +264,27 @@ def test_what_pydantic_cannot_write_is_refused() -> None:
 
 
 def test_two_keys_that_become_one_name_are_refused() -> None:
-    with pytest.raises(InvalidPayload, match="same name twice"):
-        encoded(Anything(value={1: "a", "1": "b"}))
+    for payload in (Anything(value={1: "a", "1": "b"}), Named({1: "a", "1": "b"})):
+        with pytest.raises(InvalidPayload, match="same name twice"):
+            encoded(payload)
+
+
+NAMED = st.dictionaries(
+    st.integers(0, 2) | st.sampled_from(["0", "1", "2", "a,", "b:", "{", "é", "\ud800"]),
+    st.integers() | st.floats() | st.text('a,:{[ "\\\x00\ud800', max_size=4) | st.just([{"a": 1}]),
+    max_size=4,
+)  # fmt: skip
+
+
+@given(NAMED)
+def test_whatever_is_published_is_read_as_it_was_given(values: dict[Any, Any]) -> None:
+    try:
+        envelope = encoded(Named(values))
+    except InvalidPayload:
+        return
+    assert decode(envelope.body) == envelope
+    assert envelope.data == {str(name): value for name, value in values.items()}
+    assert len(envelope.data) == len(values)
 
 
 def test_a_payload_that_its_own_class_would_not_read_is_refused() -> None:

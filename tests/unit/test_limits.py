@@ -57,6 +57,59 @@ def test_bytes_that_look_like_json_are_read_as_json_reads_them_or_refused(text: 
     assert json.loads(text) == value
 
 
+FLAT = st.dictionaries(
+    st.text('ab,:{[ "', max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text('a,:{[ "\x00\ud800', max_size=4),
+    max_size=4,
+)  # fmt: skip
+
+
+@given(FLAT, st.sampled_from([(",", ":"), (", ", ": "), (",", " :")]), st.booleans())
+def test_what_is_taken_at_a_glance_is_what_a_full_look_takes(
+    value: dict[str, Any], separators: tuple[str, str], twice: bool
+) -> None:
+    text = json.dumps(value, separators=separators, ensure_ascii=False)
+    if twice and value:
+        text = f"{text[:-1]},{text[1:]}"
+    check_at_a_glance(text.encode(errors="surrogatepass"))
+
+
+@given(st.text(alphabet='"\\[]{}:,eE019.- ab', max_size=30))
+@example('"a":1,"a":2')
+@example('"a" :1,"a":2')
+@example('"a":1e999')
+@example('"a":1e0000')
+@example('"a":{}')
+def test_what_looks_like_an_object_is_taken_at_a_glance_only_if_a_full_look_takes_it(
+    text: str,
+) -> None:
+    check_at_a_glance(f"{{{text}}}".encode())
+
+
+def check_at_a_glance(body: bytes) -> None:
+    for limits in (
+        LIMITS,
+        Limits(size=20),
+        Limits(nodes=3),
+        Limits(number_length=6),
+        Limits(depth=0),
+    ):
+        value = limits.parse_flat(body)
+        if value is not None:
+            assert repr(value) == repr(limits.parse(body))
+
+
+def test_a_short_object_of_texts_and_integers_is_taken_at_a_glance() -> None:
+    for value in (
+        {"id": 7, "note": "at 10:11:12"},
+        {"id": None, "ok": True, "note": "this, that"},
+        {"id": 7},
+    ):
+        for separators in ((",", ":"), (" , ", " : ")):
+            body = json.dumps(value, separators=separators).encode()
+            assert LIMITS.parse_flat(body) == value
+
+
 BOMBS = {
     "depth of arrays": (b"[" * 65 + b"]" * 65, "nests more than 64"),
     "depth of objects": (b'{"a":' * 65 + b"1" + b"}" * 65, "nests more than 64"),
@@ -111,6 +164,7 @@ BOMBS = {
 def test_a_bomb_is_refused_with_its_reason(body: bytes, reason: str) -> None:
     with pytest.raises(MalformedMessage, match=reason):
         LIMITS.parse(body)
+    assert LIMITS.parse_flat(body) is None
 
 
 LOOKALIKES = {
