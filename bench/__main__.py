@@ -68,7 +68,8 @@ def main(
         if rabbitmq_url is None and _is_wanted("relay to RabbitMQ", only):
             rabbitmq_url = stack.enter_context(_rabbitmq())
         upgrade_engine(create_engine(database))
-        figures = [*publishing.figures(database), *relaying.figures(database, redis, rabbitmq_url)]
+        figures = stack.enter_context(publishing.figures(database))
+        figures += relaying.figures(database, redis, rabbitmq_url)
         figures += receiving.figures(database, rabbitmq_url or redis)
         if _is_wanted("relay to Kafka", only):
             figures += stack.enter_context(kafka.figures(database, kafka_url))
@@ -105,7 +106,7 @@ def _print(results: list[Result]) -> None:
     for one in results:
         table.add_row(
             one.name, f"{_number(one.value)} {one.unit}", f"{_number(one.control)} ({one.control_name})",
-            f"{one.ratio:.2f}", f"{one.bound} {'holds' if one.holds else 'MISSED'}", f"{one.reach or ''}",
+            f"{one.ratio:.2f}", one.bound and f"{one.bound} {'holds' if one.holds else 'MISSED'}", f"{one.reach or ''}",
             _cpu(one.cpu),
         )  # fmt: skip
     Console(width=170).print(table)

@@ -17,6 +17,7 @@ _BY_ARGUMENT: Final = {
     "bench.null_relay": "relay",
     "relay": "relay",
     "worker": "worker",
+    "multiprocessing.spawn": "writers",
     "test.mock.num.brokers": "kafka mock",
 }
 """Python's processes, by the first of these that their command line holds."""

@@ -98,8 +98,10 @@ class Result:
 
     @property
     def bound(self) -> str:
-        """What the ratio must keep to, as a text."""
-        return f">= {self.floor}" if self.ceiling is None else f"<= {self.ceiling}"
+        """What the ratio must keep to, as a text; empty where it is only shown."""
+        if self.ceiling is not None:
+            return f"<= {self.ceiling}"
+        return "" if self.floor is None else f">= {self.floor}"
 
 
 def measure(figure: Figure, rounds: int) -> Result:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
-from uuid import uuid4
 
 import psycopg
-from sqlalchemy import URL, Engine, create_engine, text
-from sqlalchemy.orm import Session
+from sqlalchemy import URL
 
-from bench.figures import Figure, Timer
-from outbox.events import Registry
-from outbox.publishing import publish
+from bench.figures import Figure, Measured, Timer
+from bench.writers import BY_HAND, ORDER_ONLY, PUBLISHED, Run, as_processes, as_threads
 from outbox.reader import Cursor, LogReader
-
-WRITERS, TRANSACTIONS = 8, 150
-registry = Registry()
-INSERT_BY_HAND = """
-INSERT INTO outbox.outbox_event (lane, event_id, type, version, key, body) VALUES (%s, %s, %s, %s, %s, %s)
-"""
-INSERT_IN_SESSION = text("""
-INSERT INTO outbox.outbox_event (lane, event_id, type, version, key, body)
-VALUES (:lane, :id, :type, :version, :key, :body)
-""")
-INSERT_ORDER = text("INSERT INTO orders (customer) VALUES ('somebody')")
 
 FILL = """
 INSERT INTO outbox.outbox_event (lane, event_id, type, version, key, body)
@@ -38,92 +22,44 @@ FROM generate_series(1, %s) AS i
 """
 
 
-@registry.event("order.created", key="order_id")
-@dataclass
-class OrderCreated:
-    order_id: int
-    customer: str = "somebody"
-    note: str = "x" * 60
-
-
 def conninfo(database: URL) -> str:
     return database.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-def figures(database: URL) -> Iterator[Figure]:
+@contextmanager
+def figures(database: URL) -> Iterator[list[Figure]]:
     info = conninfo(database)
     with psycopg.connect(info, autocommit=True) as connection:
         connection.execute(
             "CREATE TABLE IF NOT EXISTS orders (id bigserial PRIMARY KEY, customer text)"
         )
-    engine = create_engine(database, pool_size=WRITERS)
-    yield Figure(
-        "publish with an order, psycopg", "tx/s", lambda timer: _through_psycopg(timer, info, _published),
-        lambda timer: _through_psycopg(timer, info, _inserted_by_hand), "INSERT by hand", 0.95,
-    )  # fmt: skip
-    yield Figure(
-        "publish with an order, SQLAlchemy", "tx/s", lambda timer: _through_sqlalchemy(timer, engine, _published),
-        lambda timer: _through_sqlalchemy(timer, engine, _inserted_by_hand_in_session), "INSERT by hand", 0.95,
-    )  # fmt: skip
-    yield Figure(
-        "read the log with 200,000 events behind", "events/s", lambda timer: _read(timer, info, 200_000),
-        lambda timer: _read(timer, info, 0), "nothing behind", 0.95,
-    )  # fmt: skip
-
-
-def _published(connection: Any) -> None:
-    publish(connection, OrderCreated(1), registry=registry)
-
-
-def _inserted_by_hand(connection: psycopg.Connection[Any]) -> None:
-    connection.execute(INSERT_BY_HAND, (1, uuid4(), "order.created", 1, "1", b"x" * 300))
-
-
-def _inserted_by_hand_in_session(session: Session) -> None:
-    values = {"lane": 1, "id": uuid4(), "type": "order.created", "version": 1, "key": "1"}
-    session.execute(INSERT_IN_SESSION, values | {"body": b"x" * 300})
-
-
-def _through_psycopg(timer: Timer, info: str, event: Any) -> None:
-    def write(connection: psycopg.Connection[Any]) -> None:
-        connection.execute("INSERT INTO orders (customer) VALUES ('somebody')")
-        event(connection)
-        connection.commit()
-
+    url = database.render_as_string(hide_password=False)
     with ExitStack() as stack:
-        connections = [stack.enter_context(psycopg.connect(info)) for _ in range(WRITERS)]
-        _write(timer, [partial(write, connection) for connection in connections])
+        found: list[Figure] = []
+        for kind, writers in (("processes", as_processes), ("threads", as_threads)):
+            for driver in ("psycopg", "SQLAlchemy"):
+                found += _publishing(
+                    f"8 {kind}, {driver}", cache(lambda w=writers, d=driver: w(stack, d, url))
+                )
+        found.append(Figure(
+            "read the log with 200,000 events behind", "events/s", lambda timer: _read(timer, info, 200_000),
+            lambda timer: _read(timer, info, 0), "nothing behind", 0.95,
+        ))  # fmt: skip
+        yield found
 
 
-def _through_sqlalchemy(timer: Timer, engine: Engine, event: Any) -> None:
-    def write(session: Session) -> None:
-        session.execute(INSERT_ORDER)
-        event(session)
-        session.commit()
+def _publishing(how: str, start: Callable[[], Run]) -> list[Figure]:
+    """Publishing beside the same insert by hand; and beside no event at all, for which nobody has set a floor."""
 
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(Session(engine)) for _ in range(WRITERS)]
-        for session in sessions:
-            session.connection()
-        _write(timer, [partial(write, session) for session in sessions])
+    def writing(event: str) -> Measured:
+        return lambda timer: start()(timer, event)
 
-
-def _write(timer: Timer, writers: list[Callable[[], None]]) -> None:
-    def write(once: Callable[[], None]) -> None:
-        for _ in range(10):  # statements get prepared
-            once()
-        ready.wait()
-        for _ in range(TRANSACTIONS):
-            once()
-
-    ready = threading.Barrier(len(writers) + 1)
-    threads = [threading.Thread(target=write, args=(once,)) for once in writers]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    with timer.counting(len(writers) * TRANSACTIONS):
-        for thread in threads:
-            thread.join()
+    name = f"publish with an order, {how}"
+    ours = writing(PUBLISHED)
+    return [
+        Figure(name, "tx/s", ours, writing(BY_HAND), BY_HAND, 0.95, reach=1.1),
+        Figure(f"{name}, beside the order alone", "tx/s", ours, writing(ORDER_ONLY), ORDER_ONLY, reach=0.85),
+    ]  # fmt: skip
 
 
 def _read(timer: Timer, info: str, behind: int) -> None:

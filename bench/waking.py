@@ -14,7 +14,8 @@ from sqlalchemy.orm import Session
 from bench.figures import Figure, Timer
 from bench.lanes import await_holders
 from bench.processes import relay
-from bench.publishing import INSERT_ORDER, OrderCreated, conninfo, registry
+from bench.publishing import conninfo
+from bench.writers import ORDER_IN_SESSION, OrderCreated, registry
 from outbox.doorbell import wake_relays
 from outbox.publishing import publish
 
@@ -40,13 +41,13 @@ def figures(database: URL, broker_url: str) -> Iterator[Figure]:
 
 
 def _publish(session: Session) -> None:
-    session.execute(INSERT_ORDER)
+    session.execute(ORDER_IN_SESSION)
     publish(session, OrderCreated(1), registry=registry)
     session.commit()
 
 
 def _publish_and_notify(session: Session) -> None:
-    session.execute(INSERT_ORDER)
+    session.execute(ORDER_IN_SESSION)
     publish(session, OrderCreated(1), registry=registry)
     session.execute(NOTIFY)
     session.commit()

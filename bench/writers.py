@@ -1,0 +1,136 @@
+"""Eight writers, each of which publishes in the transaction that inserts an order: as threads, and as processes.
+
+Most services run as processes (prefork), and there a writer pays for its own Python only. Threads of one interpreter
+wait for each other's: what costs a microsecond costs several there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.orm import Session
+
+from bench.figures import Timer
+from outbox.events import Registry
+from outbox.publishing import publish
+
+WRITERS, TRANSACTIONS = 8, 300
+PUBLISHED, BY_HAND, ORDER_ONLY = "publish", "INSERT by hand", "order only"
+Run = Callable[[Timer, str], None]
+"""Has all writers write the order and what the second argument names."""
+
+registry = Registry()
+INSERT_ORDER = "INSERT INTO orders (customer) VALUES ('somebody')"
+INSERT_BY_HAND = """
+INSERT INTO outbox.outbox_event (lane, event_id, type, version, key, body) VALUES (%s, %s, %s, %s, %s, %s)
+"""
+ORDER_IN_SESSION = text(INSERT_ORDER)
+INSERT_IN_SESSION = text("""
+INSERT INTO outbox.outbox_event (lane, event_id, type, version, key, body)
+VALUES (:lane, :id, :type, :version, :key, :body)
+""")
+
+
+@registry.event("order.created", key="order_id")
+@dataclass
+class OrderCreated:
+    order_id: int
+    customer: str = "somebody"
+    note: str = "x" * 60
+
+
+class Writer:
+    """One connection, and what is written through it: a transaction at a time."""
+
+    def __init__(self, driver: str, url: str) -> None:
+        self.session = None if driver == "psycopg" else Session(create_engine(url))
+        self.connection = None
+        if self.session is None:
+            info = make_url(url).set(drivername="postgresql")
+            self.connection = psycopg.connect(info.render_as_string(hide_password=False))
+
+    def write(self, event: str, transactions: int) -> None:
+        once = self._in_session if self.session is not None else self._through_psycopg
+        for _ in range(transactions):
+            once(event)
+
+    def _through_psycopg(self, event: str) -> None:
+        connection: Any = self.connection
+        connection.execute(INSERT_ORDER)
+        if event == PUBLISHED:
+            publish(connection, OrderCreated(1), registry=registry)
+        elif event == BY_HAND:
+            connection.execute(INSERT_BY_HAND, (1, uuid4(), "order.created", 1, "1", b"x" * 300))
+        connection.commit()
+
+    def _in_session(self, event: str) -> None:
+        session: Any = self.session
+        session.execute(ORDER_IN_SESSION)
+        if event == PUBLISHED:
+            publish(session, OrderCreated(1), registry=registry)
+        elif event == BY_HAND:
+            values = {"lane": 1, "id": uuid4(), "type": "order.created", "version": 1, "key": "1"}
+            session.execute(INSERT_IN_SESSION, values | {"body": b"x" * 300})
+        session.commit()
+
+
+def as_threads(_stack: ExitStack, driver: str, url: str) -> Run:
+    """Writers in threads of this process."""
+    writers = [Writer(driver, url) for _ in range(WRITERS)]
+
+    def run(timer: Timer, event: str) -> None:
+        start = threading.Barrier(WRITERS + 1, timeout=120)
+        threads = [
+            threading.Thread(target=_write, args=(writer, start, event)) for writer in writers
+        ]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        with timer.counting(WRITERS * TRANSACTIONS):
+            start.wait()
+            for thread in threads:
+                thread.join()
+
+    return run
+
+
+def as_processes(stack: ExitStack, driver: str, url: str) -> Run:
+    """Writers in a process each, which end with *stack*."""
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(WRITERS + 1, timeout=120)
+    pool = stack.enter_context(context.Pool(WRITERS, _enter_process, (driver, url, start)))
+
+    def run(timer: Timer, event: str) -> None:
+        writing = pool.map_async(_write_in_process, [event] * WRITERS, chunksize=1)
+        start.wait()  # each process has one of them: none takes a second before all have begun
+        with timer.counting(WRITERS * TRANSACTIONS):
+            start.wait()
+            writing.get()
+
+    return run
+
+
+def _write(writer: Writer, start: Any, event: str) -> None:
+    writer.write(event, 10)  # statements get prepared
+    start.wait()
+    start.wait()  # meanwhile the CPU times are read
+    writer.write(event, TRANSACTIONS)
+
+
+_of_this_process: list[Any] = []
+
+
+def _enter_process(driver: str, url: str, start: Any) -> None:
+    _of_this_process[:] = Writer(driver, url), start
+
+
+def _write_in_process(event: str) -> None:
+    _write(*_of_this_process, event)
