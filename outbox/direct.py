@@ -98,22 +98,31 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
         formats.append(_TEXT)
     statement = _statement(sql)
     with connection.lock:
-        if _KNOWS_THE_ACCOUNT and not issubclass(connection.cursor_factory, psycopg.ClientCursor):
-            _execute(connection, statement, values, formats)
-        else:
+        account = _account(connection)
+        if account is None:
             connection.pgconn.send_query_params(statement.query, values, None, formats)
             _finish(connection)
+        else:
+            _execute(connection, account, statement, values, formats)
     return True
+
+
+def _account(connection: psycopg.Connection[Any]) -> Any:
+    """What is prepared on *connection*, and how often a statement must come for that; None if nothing is to be."""
+    if _KNOWS_THE_ACCOUNT and not issubclass(connection.cursor_factory, psycopg.ClientCursor):
+        return getattr(connection, "_prepared", None)
+    return None
 
 
 def _execute(
     connection: psycopg.Connection[Any],
-    statement: Any,
+    account: Any,
+    statement: Statement,
     values: Sequence[bytes | None],
     formats: Sequence[int],
 ) -> None:
     """As `BaseCursor._maybe_prepare_gen` does it."""
-    pgconn, account = connection.pgconn, connection._prepared
+    pgconn = connection.pgconn
     prepare, name = account.get(statement)
     if prepare is Prepare.YES:
         pgconn.send_query_prepared(name, values, formats)
