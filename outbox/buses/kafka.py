@@ -35,7 +35,7 @@ _ROUTE: Final = attrgetter("type", "queue")
 _NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 _DEFAULTS: Final = {
     "client.id": "outbox",
-    "linger.ms": 1,
+    "linger.ms": 5,  # while there is more to come: whoever waits for a batch has it sent at once
     "compression.type": "lz4",
     # As Java's clients and Debezium do, so that a key is in the same partition whoever wrote it.
     "partitioner": "murmur2_random",
@@ -43,6 +43,8 @@ _DEFAULTS: Final = {
     "message.max.bytes": 16_000_000,  # bounds memory only: how large a record may be, the topic says
     "log_level": 2,  # what matters comes as an error or in a report
 }
+# In longer ones the client goes on calling us when a callback has raised, with the exception still set.
+_LONGEST_FLUSH: Final = 0.1
 _SAFE: Final = {"acks": "all", "enable.idempotence": True, "message.timeout.ms": 0}
 _WHAT_TO_DO: Final = {
     KafkaError.MSG_SIZE_TOO_LARGE: "raise max.message.bytes of the topic, and the brokers' replica.fetch.max.bytes",
@@ -147,7 +149,7 @@ class _Batch:
         producer = self._producer
         while producer.taken < self._last and producer.is_usable:
             remaining = self._deadline - time.monotonic()
-            producer.serve(max(0.0, min(remaining, 0.5)))
+            producer.flush(max(0.0, min(remaining, _LONGEST_FLUSH)))
             if producer.taken < self._last and remaining <= 0:
                 producer.give_up(
                     f"{producer.unconfirmed} records not confirmed in time{producer.last_trouble}"
@@ -206,7 +208,7 @@ class _Producer:
                     self._make_room(deadline)
                 except KafkaException as error:
                     _, event_id = headers[ID_PLACE]
-                    self.failed(error.args[0], topic, f"event {event_id.decode()}: ")
+                    self.failed(error.args[0], topic, f"event {event_id}: ")
                     raise self.error from error
             self.produced += 1
 
@@ -220,8 +222,15 @@ class _Producer:
 
     def serve(self, timeout: float) -> None:
         """Take in what the library has to report; waits for the first of it. Never raises."""
+        self._report(self.client.poll, timeout)
+
+    def flush(self, timeout: float) -> None:
+        """Have everything sent at once, and take in what is reported until nothing is left. Never raises."""
+        self._report(self.client.flush, timeout)
+
+    def _report(self, wait: Callable[[float], object], timeout: float) -> None:
         try:
-            self.client.poll(timeout)
+            wait(timeout)
         except KafkaException as error:
             self.give_up(f"the producer ended: {told(error)}")
         if not self._why and not self.unconfirmed:

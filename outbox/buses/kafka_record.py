@@ -14,7 +14,7 @@ from typing import Any, Final
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import keywords_of
 
-CONTENT_TYPE: Final = b"application/cloudevents+json; charset=UTF-8"
+CONTENT_TYPE: Final = "application/cloudevents+json; charset=UTF-8"
 TYPE_HEADER: Final = "ce_type"
 ID_HEADER: Final = "ce_id"
 KEYWORDS_HEADER: Final = "outbox"
@@ -22,9 +22,9 @@ KEYWORDS_HEADER: Final = "outbox"
 ID_PLACE: Final = 2
 """Where the event's id stands among the headers."""
 
-Headers = list[tuple[str, bytes]]
-Record = tuple[str, bytes, bytes, Headers]
-"""Topic, value, key and headers."""
+Headers = list[tuple[str, str]]
+Record = tuple[str, bytes, str, Headers]
+"""Topic, value, key and headers; of texts the library sends the UTF-8, without a copy of ours."""
 
 
 class RecordEncoder:
@@ -41,17 +41,16 @@ class RecordEncoder:
         The key is the event's, without one its id, so that copies of it meet in one partition.
         """
         for id, type, key, body, _, _, key_seq, queue, handler in batch:
-            encoded_id = id.encode()
-            headers = [*self._known(type), (ID_HEADER, encoded_id)]
+            headers = [*self._known(type), (ID_HEADER, id)]
             if handler is not None or key_seq is not None:
-                keywords = json.dumps(keywords_of(handler, key_seq)).encode()
+                keywords = json.dumps(keywords_of(handler, key_seq))
                 headers.append((KEYWORDS_HEADER, keywords))
-            yield topics[type, queue], body, encoded_id if key is None else key.encode(), headers
+            yield topics[type, queue], body, id if key is None else key, headers
 
     def _known(self, event_type: str) -> Headers:
         known = self._of_type.get(event_type)
         if known is None:
-            known = [("content-type", CONTENT_TYPE), (TYPE_HEADER, event_type.encode())]
+            known = [("content-type", CONTENT_TYPE), (TYPE_HEADER, event_type)]
             self._of_type[event_type] = known
         return known
 
