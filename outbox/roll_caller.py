@@ -36,10 +36,10 @@ STANDINGS: Final = (
 )
 """After how long a type that has become quiet is repeated, each time; the last one again and again."""
 
-_SOON: Final = 8_000
+_SOON: Final = 16_000
 _EVEN_IF_IDLE: Final = 60.0
 _TIDY_EVERY: Final = 600.0
-_MOST_AT_ONCE: Final = 20_000
+_MOST_AT_ONCE: Final = 40_000
 _CUT_SHORT: Final = -1
 _MOST_IN_A_MESSAGE: Final = 2_000
 _NEVER: Final = datetime.fromtimestamp(0, UTC)
