@@ -26,10 +26,12 @@ from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 SLOTS: Final = 3
 
+# The setting is local to the transaction, which is this statement, and its commit does not wait for the disk.
 _STORE = """
+WITH unawaited AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 INSERT INTO {schema}.outbox_cursor (slot, lane, epoch, seq, hi, snapshot)
 SELECT %(slot)s, l.lane, l.epoch, %(seq)s, l.hi, %(snapshot)s::pg_snapshot
-FROM unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(his)s::bigint[]) AS l (lane, epoch, hi)
+FROM unawaited, unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(his)s::bigint[]) AS l (lane, epoch, hi)
 WHERE l.epoch = (SELECT e.epoch FROM {schema}.outbox_lease AS e WHERE e.lane = l.lane ORDER BY e.epoch DESC LIMIT 1)
 RETURNING lane
 """
@@ -87,9 +89,7 @@ class CursorStore:
             "his": list(cursor.his.values()),
             "snapshot": cursor.snapshot.text,
         }
-        with self._connection.transaction():
-            self._connection.execute("SET LOCAL synchronous_commit = off")
-            stored = self._connection.execute(self._sql(_STORE), params).fetchall()
+        stored = self._connection.execute(self._sql(_STORE), params).fetchall()
         lost = sorted(cursor.his.keys() - {lane for (lane,) in stored})
         if lost:
             raise LeaseLost(
