@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from outbox.buses import OutgoingMessage, Topology
+from outbox.cli.process import collect_garbage_seldom
 from outbox.relay import Relay
 
 
@@ -33,7 +34,8 @@ class NullBus:
 
 
 def main() -> None:
-    """Relay until terminated."""
+    """Relay until terminated, in a process like that of `outbox relay`."""
+    collect_garbage_seldom()
     relay = Relay(sys.argv[1], NullBus())
     signal.signal(signal.SIGTERM, lambda *_: relay.stop())
     relay.run()

@@ -18,6 +18,7 @@ from outbox.buses import Bus, QueueType, Topology, open_bus
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.frames import message_properties
 from outbox.buses.message import celery_message
+from outbox.cli.process import collect_garbage_seldom
 from outbox.relay import Relay
 
 EVENTS = 50_000
@@ -56,6 +57,7 @@ def relaying(
     kind: QueueType = "quorum",
     exchange: str = "bench",
 ) -> Any:
+    collect_garbage_seldom()  # as the relay's own process; the controls have nothing that it would look at
     bus = open_bus(broker_url, exchange)
     bus.declare(Topology(f"{exchange}.events", ("order.created",), exchange, queue_type=kind))
 

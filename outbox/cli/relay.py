@@ -11,7 +11,7 @@ import click
 from outbox.buses import open_bus
 from outbox.cli import options
 from outbox.cli.output import masked, print_json, reporting_problems
-from outbox.cli.process import log_to_stderr, stop_on_signals
+from outbox.cli.process import collect_garbage_seldom, log_to_stderr, stop_on_signals
 from outbox.relay import Relay, RelaySettings
 from outbox.schema import component
 
@@ -59,6 +59,7 @@ def command(
     comes next. With --json the last line of output says what was done.
     """
     log_to_stderr(log_level)
+    collect_garbage_seldom()
     settings = RelaySettings(retention=retention * _DAY, prepare=prepare)
     bus = open_bus(broker_url, exchange)
     relay = Relay(database_url, bus, schema=schema, settings=settings)
