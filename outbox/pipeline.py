@@ -16,9 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from random import Random
-from typing import Any, Final
-
-import psycopg
+from typing import Final
 
 from outbox.buses.base import Bus, Confirmation, OutgoingMessage
 from outbox.crash_points import crash_point
@@ -30,7 +28,7 @@ from outbox.roll_caller import RollCaller
 log = logging.getLogger(__name__)
 
 _STORE_EVERY: Final = 0.1
-_FIRST_ROWS: Final = 64
+_FIRST_ROWS: Final = 16
 _AT_ONCE: Final = float("inf")
 _BODY: Final = attrgetter("body")
 _LANE: Final = attrgetter("lane")
@@ -77,9 +75,10 @@ class _Group:
 
 @dataclass
 class _InFlight:
+    """A page of a group of lanes, or rolls."""
+
     confirmation: Confirmation
-    group: _Group
-    page: Page
+    sent: tuple[_Group, Page] | list[OutgoingMessage]
 
 
 class Pipeline:
@@ -87,7 +86,6 @@ class Pipeline:
 
     def __init__(
         self,
-        connection: psycopg.Connection[Any],
         reader: LogReader,
         cursors: CursorStore,
         bus: Bus,
@@ -102,12 +100,12 @@ class Pipeline:
     ) -> None:
         """*held*: the lanes leased now, with their epochs. *rest*: waits some seconds, or until the relay stops.
 
-        *page_rows*: fresh events read of each lane at a time, fewer while pages are larger than *page_bytes*.
+        *page_rows*: fresh events read at a time, a quarter of them from one lane; fewer while pages are larger than
+        *page_bytes*.
         *in_flight*: pages that may wait for the broker's confirmation.
         """
         self.epochs: dict[int, int] = {}
         """The lanes that are read, as they were leased."""
-        self._connection = connection
         self._reader = reader
         self._cursors = cursors
         self._bus = bus
@@ -119,7 +117,9 @@ class Pipeline:
         self._most_in_flight = in_flight
         self._groups: list[_Group] = []
         self._in_flight: deque[_InFlight] = deque()
-        self._rows = _FIRST_ROWS
+        self._most_of_a_lane = max(page_rows // 4, 1)
+        self._rows = min(_FIRST_ROWS, self._most_of_a_lane)
+        """Fresh events of each lane that a page may have."""
         self._stored_at = 0.0
         self._unstored: set[int] = set()
 
@@ -130,16 +130,31 @@ class Pipeline:
     def turn(self) -> bool:
         """Read and send one page of each group; True if there was anything."""
         try:
-            moved = False
-            for group in list(self._groups):
-                moved |= self._send_page(group)
-            if len(self._groups) > 1:
+            groups = self._groups
+            pages = [(group, page) for group in groups if (page := self._next_page(group))]
+            self._await(everything=not pages)
+            if self._groups is not groups:
+                return True  # storing has told that the lanes are another relay's
+            for group, page in pages:
+                self._send_page(group, page)
+            if len(groups) > 1:
                 self._merge()
-            self._await(everything=not moved)
         except BusError as error:
             self.begin_again(error)
             return False
-        return moved
+        return bool(pages)
+
+    def call(self, rolls: RollCaller) -> None:
+        """Send the rolls that are due, behind the pages; they are confirmed in their turn. Raises `BusError`."""
+        messages = rolls.messages(self.confirmed(), self.epochs)
+        if not messages:
+            return
+        crash_point("relay.called")
+        try:
+            self._in_flight.append(_InFlight(self._bus.send(messages), messages))
+        except BusError:
+            rolls.unsaid(messages)
+            raise
 
     def follow_leases(self) -> None:
         """Read the lanes that are held now, the new ones from where they were left."""
@@ -156,7 +171,11 @@ class Pipeline:
         """The broker did not confirm: everything after the last confirmation is read and sent again."""
         self._stats.refuse()
         log.warning("%s; sending again", error)
+        for one in self._in_flight:
+            if isinstance(one.sent, list) and self._rolls is not None:
+                self._rolls.unsaid(one.sent)
         self._in_flight.clear()
+        self._reader.forget()
         for group in self._groups:
             group.read, group.drained = group.confirmed, False
         self._rest(min(0.2 * 2 ** min(self._stats.refusals, 5), 5) * Random().random())  # noqa: S311
@@ -192,36 +211,51 @@ class Pipeline:
         except BusError as error:
             log.warning("%s; left for the next relay", error)
 
-    def _send_page(self, group: _Group) -> bool:
+    def _next_page(self, group: _Group) -> Page | None:
+        """The page after those that were sent, if there is anything in it."""
         if group.drained and self._reader.unchanged_since(group.read):
-            return False
+            return None
         page = self._reader.read(group.read, self._rows)
         crash_point("relay.read")
         group.read, group.drained = page.cursor, page.complete
         if not page.events:
             if not self._in_flight:
                 group.confirmed = page.cursor
-            return False
+            return None
+        return page
+
+    def _send_page(self, group: _Group, page: Page) -> None:
         if not self._held():
             raise BusError("this relay was paused for longer than its lease")
-        confirmation = self._bus.send(page.events)
+        self._adapt(page)
+        try:
+            self._read_ahead(group, page)
+            confirmation = self._bus.send(page.events)
+        finally:
+            self._reader.settle()
         self._stats.sent += len(page.events)
         crash_point("relay.sent")
-        self._in_flight.append(_InFlight(confirmation, group, page))
-        self._adapt(page)
-        return True
+        self._in_flight.append(_InFlight(confirmation, (group, page)))
+
+    def _read_ahead(self, group: _Group, page: Page) -> None:
+        """Let PostgreSQL make the next page while this one is sent, where there is one and the broker takes them."""
+        if not page.complete and len(self._groups) == 1 and not self._stats.refusals:
+            self._reader.read_ahead(group.read, self._rows)
+            crash_point("relay.asked")
 
     def _await(self, *, everything: bool) -> None:
         while self._in_flight and (everything or len(self._in_flight) >= self._most_in_flight):
-            sent = self._in_flight[0]
-            sent.confirmation.wait()
+            first = self._in_flight[0]
+            first.confirmation.wait()
             crash_point("relay.confirmed")
             self._in_flight.popleft()
             self._stats.forgive()
-            sent.group.confirmed = sent.page.cursor
-            self._note_confirmed(sent.page.events)
-            self._unstored.update(map(_LANE, sent.page.events))
-            self.store(time.monotonic())
+            if isinstance(first.sent, tuple):
+                group, page = first.sent
+                group.confirmed = page.cursor
+                self._note_confirmed(page.events)
+                self._unstored.update(map(_LANE, page.events))
+                self.store(time.monotonic())
 
     def _note_confirmed(self, events: Sequence[OutgoingMessage]) -> None:
         self._stats.confirmed += len(events)
@@ -231,6 +265,7 @@ class Pipeline:
     def _reload(self, epochs: dict[int, int]) -> None:
         """Go on from the stored cursors: another relay may have moved them."""
         self._in_flight.clear()
+        self._reader.forget()
         self._unstored.clear()
         self.epochs = epochs
         cursors = self._cursors.load(epochs) if epochs else []
@@ -242,9 +277,10 @@ class Pipeline:
     def _merge(self) -> None:
         """Make the groups one: read each at the same snapshot, and what follows can be read by one statement."""
         self._await(everything=True)
+        if len(self._groups) < 2:
+            return  # storing has told that the lanes are another relay's
         pages = []
-        with self._connection.transaction():
-            self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        with self._reader.at_one_moment():
             for group in self._groups:
                 if group.read.late:
                     return
@@ -266,7 +302,8 @@ class Pipeline:
 
     def _adapt(self, page: Page) -> None:
         size = sum(map(len, map(_BODY, page.events)))
-        if size > self._most_bytes:
+        count = len(page.events)
+        if size > self._most_bytes or count > self._most_rows:
             self._rows = max(self._rows // 2, 1)
-        elif not page.complete and size < self._most_bytes // 2:
-            self._rows = min(self._rows * 2, self._most_rows)
+        elif not page.complete and size < self._most_bytes // 2 and count <= self._most_rows // 2:
+            self._rows = min(self._rows * 2, self._most_of_a_lane)

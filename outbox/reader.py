@@ -18,12 +18,17 @@ go before fresh rows, each by position.
 
 The idea of reading between two snapshots is PgQ's; it needs a ticker and bounds that one late commit can stretch. This
 form needs neither.
+
+A page can be asked for before it is wanted, as its cursor is known once the page before it has come: then PostgreSQL
+makes it while Python sends that one. It is a page after its cursor whenever it is taken, only an older one; so it is
+taken for that very cursor object, and dropped wherever reading goes on from another.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -34,6 +39,7 @@ from psycopg.rows import tuple_row
 
 from outbox.buses.base import OutgoingMessage
 from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.standing_query import StandingQuery
 
 MESSAGE: Final = "e.event_id::text, e.type, e.key, e.body, e.lane, e.position, e.key_seq"
 """The columns of an `OutgoingMessage`, from `outbox_event AS e`."""
@@ -93,6 +99,8 @@ _FLUSH = "SELECT set_config('synchronous_commit', 'on', true), pg_logical_emit_m
 _HUGE_XID: Final = 2**63 - 1
 _LANE: Final = attrgetter("lane")
 _POSITION: Final = attrgetter("position")
+_message: Final = partial(tuple.__new__, OutgoingMessage)
+"""`OutgoingMessage._make`, without a frame of Python for each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,10 @@ class Page:
 
 
 class LogReader:
-    """Reads pages through one connection, which is in autocommit: no snapshot is held between two reads."""
+    """Reads pages through one connection, which is in autocommit: no snapshot is held between two reads.
+
+    The connection is the reader's alone, so that nothing else meets the answer of a page that was asked for ahead.
+    """
 
     def __init__(
         self,
@@ -161,34 +172,41 @@ class LogReader:
         self._schema = schema
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
+        self._page = StandingQuery(connection, self._page_sql)
+        self._asked: tuple[Cursor, int] | None = None
 
     def read(self, cursor: Cursor, rows: int, *, durable: bool = True) -> Page:
         """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers.
 
-        Unless *durable* is False, everything in the page will survive a crash of the server.
+        Unless *durable* is False, everything in the page will survive a crash of the server. A page that was asked for
+        ahead has as many rows as were asked for then.
         """
         if cursor.late:
             return self._late_page(cursor, rows)
-        found = self._messages(
-            self._page_sql,
-            lanes=list(cursor.his),
-            his=list(cursor.his.values()),
-            rows=rows,
-            highest=max(cursor.his.values(), default=0),
-            **self._since(cursor),
-        )
-        others = [row for row in found if row.lane < 0]
-        last = next(row for row in others if row.lane == _SNAPSHOT_LANE)
+        if self._asked is None or self._asked[0] is not cursor:
+            self._ask(cursor, rows)
+        else:
+            _, rows = self._asked
+        self._asked = None
+        found = self._page.rows(_message)
+        lanes = list(map(_LANE, found))
+        others: list[OutgoingMessage] = []
+        if lanes[-1] != _SNAPSHOT_LANE or min(lanes[:-1], default=0) < 0:
+            others = [row for row in found if row.lane < 0]
+            fresh = [row for row in found if row.lane >= 0]
+            last = next(row for row in others if row.lane == _SNAPSHOT_LANE)
+        else:
+            fresh, last = found, found.pop()
         seen, not_durable = Snapshot(last.type), last.position
         if len(others) - 1 > rows:
             # An arm may have met its limit, with rows that are not ours: count, and go page by page.
             crowded = self._with_late(cursor, seen)
             if crowded.late:
                 return self._late_page(crowded, rows)
-        fresh = [row for row in found if row.lane >= 0]
         fresh.sort(key=_POSITION)
-        his = {**cursor.his, **dict(zip(map(_LANE, fresh), map(_POSITION, fresh), strict=True))}
-        complete = max(Counter(map(_LANE, fresh)).values(), default=0) < rows
+        lanes = list(map(_LANE, fresh))
+        his = {**cursor.his, **dict(zip(lanes, map(_POSITION, fresh), strict=True))}
+        complete = max(Counter(lanes).values(), default=0) < rows
         late = [
             row._replace(lane=~row.lane)
             for row in others
@@ -199,26 +217,66 @@ class LogReader:
             self.make_durable()
         return Page(events, Cursor(his, seen), complete)
 
+    def read_ahead(self, cursor: Cursor, rows: int) -> None:
+        """Have PostgreSQL begin with what `read` is asked for next. To be settled before anything that waits."""
+        if not cursor.late:
+            self._ask(cursor, rows)
+
+    def settle(self) -> None:
+        """Have the page that was asked for ahead in memory: from now on the server holds no snapshot for it."""
+        self._page.settle()
+
+    def forget(self) -> None:
+        """Drop the page that was asked for ahead."""
+        self._asked = None
+        self._page.forget()
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """What is read within has one snapshot."""
+        self.forget()
+        with self._connection.transaction():
+            self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            yield
+
+    def _ask(self, cursor: Cursor, rows: int) -> None:
+        self._page.ask(
+            {
+                "lanes": list(cursor.his),
+                "his": list(cursor.his.values()),
+                "rows": rows,
+                "highest": max(cursor.his.values(), default=0),
+                **self._since(cursor),
+            }
+        )
+        self._asked = cursor, rows
+
     def unchanged_since(self, cursor: Cursor) -> bool:
         """Whether no transaction at all has ended since *cursor* was read: then there is nothing to read."""
+        self._page.settle()
         return bool(self._rows(_ANY_SNAPSHOT)[0][0] == cursor.snapshot.text)
 
     def _with_late(self, cursor: Cursor, until: Snapshot) -> Cursor:
         """A huge transaction has committed late: note its positions, to deliver them page by page."""
-        found = self._rows(
-            in_schema(_LATE_POSITIONS, self._schema),
-            prepare=False,  # seldom run, and a generic plan could go through all positions
-            highest=max(cursor.his.values()),
-            until=until.text,
-            **self._since(cursor),
-        )
+        with self._connection.transaction():
+            # Seldom run, and a generic plan, which the relay's connection is set to, could go through all positions.
+            self._connection.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+            found = self._rows(
+                in_schema(_LATE_POSITIONS, self._schema),
+                prepare=False,
+                highest=max(cursor.his.values()),
+                until=until.text,
+                **self._since(cursor),
+            )
         late = tuple(
             (position, lane) for position, lane in found if position <= cursor.his.get(lane, -1)
         )
         return replace(cursor, late=late, late_until=until)
 
     def _late_page(self, cursor: Cursor, rows: int) -> Page:
-        page, rest = cursor.late[:rows], cursor.late[rows:]
+        self.forget()
+        most = rows * len(cursor.his)
+        page, rest = cursor.late[:most], cursor.late[most:]
         events = self._messages(
             in_schema(_AT_POSITIONS, self._schema),
             lanes=[lane for _, lane in page],
@@ -242,16 +300,9 @@ class LogReader:
         self._connection.execute(_FLUSH)
 
     def _messages(self, sql: str, **params: Any) -> list[OutgoingMessage]:
-        with self._connection.cursor(row_factory=_message_row, binary=True) as cursor:
-            cursor.execute(sql.encode(), params, prepare=True)
-            return cursor.fetchall()
+        return [_message(row) for row in self._rows(sql, **params)]
 
     def _rows(self, sql: str, *, prepare: bool = True, **params: Any) -> list[tuple[Any, ...]]:
         with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
             cursor.execute(sql.encode(), params, prepare=prepare)
             return cursor.fetchall()
-
-
-def _message_row(_: Any) -> Callable[[Sequence[Any]], OutgoingMessage]:
-    # `OutgoingMessage._make`, without a frame of Python for each row.
-    return partial(tuple.__new__, OutgoingMessage)

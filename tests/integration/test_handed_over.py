@@ -53,12 +53,12 @@ def test_what_is_remembered_is_what_the_log_says_whatever_commits_late_or_is_ref
         for n in range(1, 7)
     ]
     every = timedelta(milliseconds=20)
-    with running(migrated_engine, bus, rolls=every, page_rows=2):
+    with running(migrated_engine, bus, rolls=every, page_rows=16):
         for writer in writers:
             writer.start()
         for writer in writers:
             writer.join()
-        bus.await_numbers(set(committed))
+        bus.await_numbers(set(committed), 60)
     assert sum(len(one) for one in compared) > 50
 
 

@@ -23,6 +23,7 @@ from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session
 
 import outbox
+from outbox.buses import open_bus
 from outbox.buses.topology import Topology, declare
 from outbox.cursors import CursorStore
 from outbox.doctor.database import examine_database
@@ -32,6 +33,7 @@ from outbox.lanes import Leases
 from outbox.partitions import Partitions
 from outbox.pooler import is_pooled, mind_poolers
 from outbox.reader import Cursor, LogReader
+from outbox.relay import Relay
 from outbox.schema import check, component, upgrade_engine
 from tests.installed import ROOT
 from tests.local_servers import LocalPgBouncer
@@ -83,6 +85,16 @@ def test_a_pooler_is_noticed(
     assert is_pooled(connection)
     with psycopg.connect(libpq(migrated_database_url), autocommit=True) as direct:
         assert not is_pooled(direct)
+
+
+def test_a_relay_leaves_no_setting_behind_in_its_sessions(
+    pooler: LocalPgBouncer, migrated_database_url: str
+) -> None:
+    for url, mode in ((pooler.url, "auto"), (migrated_database_url, "force_generic_plan")):
+        with Relay(url, open_bus("redis://127.0.0.1:1/0"))._connect_to_read() as reading:
+            assert {reading.execute("SHOW plan_cache_mode").fetchone() for _ in range(4)} == {
+                (mode,)
+            }
 
 
 def test_engines_of_our_own_prepare_nothing_behind_it(

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, make_url
 
-from outbox.reader import Cursor, LogReader, Page
+from outbox.reader import Cursor, LogReader, Page, Snapshot
 from tests.workers import eventually
 
 ALL_ARMS = ("fresh", "ended", "begun")
@@ -160,6 +160,44 @@ def test_an_unchanged_cluster_is_noticed_without_reading(connect: Connect) -> No
     assert not log.unchanged_since(cursor)
 
 
+def test_the_look_for_a_huge_late_transaction_is_planned_for_its_own_values_whatever_is_set(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = connect()
+    connection.autocommit = True
+    connection.execute("SET plan_cache_mode = force_generic_plan")
+    log, seen = LogReader(connection), []
+    look = log._rows
+
+    def rows(sql: str, **params: Any) -> Any:
+        seen.append(setting())
+        return look(sql, **params)
+
+    def setting() -> Any:
+        return connection.execute("SHOW plan_cache_mode").fetchone()
+
+    monkeypatch.setattr(log, "_rows", rows)
+    log._with_late(Cursor({0: 10}), Snapshot("3:3:"))
+    assert (seen, setting()) == ([("force_custom_plan",)], ("force_generic_plan",))
+
+
+def test_what_is_read_will_survive_a_crash_though_no_commit_was_waited_for(
+    connect: Connect,
+) -> None:
+    connection, writer = connect(), connect()
+    for one in (connection, writer):
+        one.autocommit = True
+        one.execute("SET synchronous_commit = off")
+    log, cursor = LogReader(connection), Cursor.at_beginning(range(16))
+    for number in range(20):
+        insert(writer, str(number))
+        (written,) = writer.execute("SELECT pg_current_wal_insert_lsn()").fetchone() or (None,)
+        page = log.read(cursor, 10)
+        kept = writer.execute("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", (written,))
+        assert (bodies(page), kept.fetchone()) == ([str(number)], (True,))
+        cursor = page.cursor
+
+
 class Writers:
     """Writers of a few keys with random delays, rollbacks and savepoints; they know what they have committed."""
 
@@ -212,7 +250,10 @@ class Writers:
 
 
 def read_while(connect: Connect, writers: Writers, seed: int) -> list[tuple[int, int]]:
-    """Read with pages of any size, stopping anywhere, and now and then from the cursor as it would have been stored."""
+    """Read with pages of any size, stopping anywhere, and now and then from the cursor as it would have been stored.
+
+    Some are asked for ahead, and some of those are dropped.
+    """
     chance = random.Random(seed)
     log, storing = reader(connect), connect()
     storing.autocommit = True
@@ -232,6 +273,10 @@ def read_while(connect: Connect, writers: Writers, seed: int) -> list[tuple[int,
         if page.complete and ended:
             return found
         ended = not any(thread.is_alive() for thread in writers.threads)
+        if chance.random() < 0.5:
+            log.read_ahead(cursor, chance.choice([1, 2, 7, 50, 200]))
+        if chance.random() < 0.2:
+            cursor = replace(cursor)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -390,6 +390,26 @@ def test_a_relay_killed_at_any_point_loses_nothing(
         assert not set(numbers(path)) & set(bus.taken)
 
 
+@pytest.mark.parametrize(
+    "point", ["relay.asked:1", "relay.asked:3", "relay.read:3", "relay.sent:3", "relay.confirmed:2"]
+)
+def test_a_relay_killed_while_it_reads_ahead_loses_nothing_and_keeps_the_order_of_a_key(
+    migrated_engine: Engine, tmp_path: Path, point: str
+) -> None:
+    count = 4_000
+    publish(migrated_engine, *range(count))
+    path = tmp_path / "sent"
+    assert spawn(migrated_engine, path, point).wait(30) == -signal.SIGKILL
+    bus = MemoryBus()
+    with running(migrated_engine, bus):
+        until(lambda: set(numbers(path)) | set(bus.taken) == set(range(count)))
+    assert len(numbers(path)) < count
+    for taken in (numbers(path), bus.taken):
+        for key in range(7):
+            of_key = [number for number in taken if number % 7 == key]
+            assert of_key == sorted(of_key)
+
+
 def test_lanes_of_a_killed_relay_are_taken_over_within_five_seconds(
     migrated_engine: Engine, tmp_path: Path
 ) -> None:
