@@ -29,8 +29,8 @@ from tests.servers import Room, Unavailable
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+SEEDS = ("SIMULATION_SEED", "OUTBOX_CHAOS_SEED")
 ROOM = pytest.StashKey[Room]()
-SIMULATION_SEED = "SIMULATION_SEED"
 Server = TypeVar("Server", bound=LocalServer)
 
 
@@ -40,7 +40,8 @@ Server = TypeVar("Server", bound=LocalServer)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_docker: runs through testcontainers")
     # Fresh ones in every run, the same in all of its processes, and in the header to run them again.
-    os.environ.setdefault(SIMULATION_SEED, str(int(time.time()) % 1_000_000))
+    for name in SEEDS:
+        os.environ.setdefault(name, str(int(time.time()) % 1_000_000))
     given = getattr(config, "workerinput", {}).get("room")
     config.stash[ROOM] = Room(servers.Path(given)) if given else Room.open()
 
@@ -63,7 +64,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     return [
         "servers: " + ", ".join(map(servers.describe, servers.TITLES)),
-        f"simulations: SIMULATION_SEED={os.environ[SIMULATION_SEED]}",
+        "seeds: " + " ".join(f"{name}={os.environ[name]}" for name in SEEDS),
     ]
 
 

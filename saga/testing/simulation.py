@@ -2,17 +2,18 @@
 
 One thread runs everything. At each turn the scheduler picks, from the seed, who takes the next step (a statement, a
 commit, a message, an ack) or what breaks: a process is killed, a connection is lost (also in mid-commit, with the
-outcome hidden), a message comes twice, a service is out for a while, time jumps. When nothing moves any more and
-nothing is due, every saga must have ended and the invariants must hold.
+outcome hidden), a message comes twice, a service is out for a while or for as long as any other has work, time jumps.
+When nothing moves any more and nothing is due, every saga must have ended and the invariants must hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
@@ -139,7 +140,11 @@ class Simulation:
         return Broken(error, seed, shortest, run.world.trace)
 
 
-Action = tuple[str, Callable[[], None]]
+Action = Callable[[], None]
+
+
+_LONGEST_OUTAGE: Final = 60
+"""Turns; but every fourth outage lasts until nobody else has anything left to do."""
 
 
 class _Run:
@@ -162,11 +167,10 @@ class _Run:
             self.turns += 1
             self._recover()
             actions = list(self._steps())
-            faults = list(self._faults()) if actions else []
-            if not actions and not self._to_next_timer():
-                break
             if actions:
-                self._pick(actions, faults)
+                self._pick(actions)
+            elif not self._to_next_timer():
+                break
             self._report_errors()
         else:
             raise AssertionError(
@@ -186,24 +190,23 @@ class _Run:
 
     # --- what can happen next
 
-    def _pick(self, actions: list[Action], faults: list[Action]) -> None:
+    def _pick(self, actions: list[Action]) -> None:
         # Faults are rare enough that a run gets somewhere, and a process mostly goes on where it stands.
-        if faults and self.choices.pick(12, dull=0.5) == 11:
+        is_due = any(self.left.values()) and self.choices.pick(12, dull=0.5) == 11
+        if is_due and (faults := list(self._faults())):
             what, act = faults[self.choices.pick(len(faults))]
             self.broken += 1
             self.world.say(f"!! {what}")
         else:
-            what, act = actions[self.choices.pick(len(actions), dull=0.4)]
-            if what:
-                self.world.say(what)
+            act = actions[self.choices.pick(len(actions), dull=0.4)]
         act()
 
     def _steps(self) -> Iterator[Action]:
         for process in self.world.hub.processes:
             if process.ready and not self._is_down(process):
-                yield "", process.go_on
+                yield process.go_on
         if self.requests:
-            yield f"{self.requests[0].service}: {self.requests[0].name}", self._ask
+            yield self._ask
         for node in self.world.nodes.values():
             if node.down_for:
                 continue
@@ -211,21 +214,18 @@ class _Run:
             if node.queue and busy < node.workers:
                 reach = len(node.queue) if self.simulation.faults.any_order else 1
                 for at in range(min(reach, 8)):
-                    yield f"{node.name}: takes {node.queue[at]}", self._taker(node, at)
+                    yield self._taker(node, at)
             if not self._running(f"{node.name} relay") and node.unsent():
-                yield (
-                    f"{node.name}: relay sends {len(node.unsent())}",
-                    self._starter(node, "relay", node.relay),
-                )
+                yield self._starter(node, "relay", node.relay)
             due = node.next_due()
             if (
                 due is not None
                 and due <= self.world.now
                 and not self._running(f"{node.name} sweeper")
             ):
-                yield f"{node.name}: sweeper", self._starter(node, "sweeper", node.sweep)
+                yield self._starter(node, "sweeper", node.sweep)
 
-    def _faults(self) -> Iterator[Action]:
+    def _faults(self) -> Iterator[tuple[str, Action]]:
         for process in self.world.hub.processes:
             if process.finished:
                 continue
@@ -249,6 +249,7 @@ class _Run:
 
     def _ask(self) -> None:
         request = self.requests.pop(0)
+        self.world.say(f"{request.service}: {request.name}")
         node = self.world[request.service]
 
         def run() -> None:
@@ -263,6 +264,7 @@ class _Run:
             if self.simulation.batch > 1:
                 more = self.choices.pick(min(self.simulation.batch, len(node.queue) + 1))
                 taken += [node.queue.pop(0) for _ in range(more)]
+            self.world.say(f"{node.name}: takes {', '.join(map(str, taken))}")
             self.world.in_hand += [(node, message) for message in taken]
             process = self._start(f"{node.name} worker", node, lambda: node.receive(*taken))
             process.messages = taken
@@ -270,7 +272,11 @@ class _Run:
         return take
 
     def _starter(self, node: Node, role: str, run: Callable[[], None]) -> Callable[[], None]:
-        return lambda: void(self._start(f"{node.name} {role}", node, run))
+        def start() -> None:
+            self.world.say(f"{node.name}: {role}")
+            self._start(f"{node.name} {role}", node, run)
+
+        return start
 
     def _start(self, name: str, node: Node, run: Callable[[], None]) -> Process:
         process = self.world.hub.start(name, node.name, run)
@@ -302,7 +308,8 @@ class _Run:
     def _outage(self, node: Node) -> Callable[[], None]:
         def go_down() -> None:
             self.left["outage"] -= 1
-            node.down_for = 1 + self.choices.pick(60)
+            turns = self.choices.pick(_LONGEST_OUTAGE * 4 // 3)
+            node.down_for = 1 + turns if turns < _LONGEST_OUTAGE else math.inf
             for process in [
                 one
                 for one in self.world.hub.processes
@@ -339,11 +346,18 @@ class _Run:
 
     def _to_next_timer(self) -> bool:
         """Nothing moves: let time pass until something is due, or a service is back."""
-        if any(node.down_for for node in self.world.nodes.values()):
+        nodes = self.world.nodes.values()
+        out = [node for node in nodes if node.down_for]
+        if any(node.down_for < math.inf for node in out):
             return True
         due = [
-            moment for node in self.world.nodes.values() if (moment := node.next_due()) is not None
+            moment for node in nodes if node not in out and (moment := node.next_due()) is not None
         ]
+        if out and not (due and self.choices.pick(2)):
+            for node in out:
+                self.world.say(f"-- {node.name} is back")
+                node.down_for = 0
+            return True
         if not due or self._moving():
             return False
         self.world.now = max(self.world.now, min(due))
@@ -396,10 +410,6 @@ def settled(world: World) -> None:
         assert len(states) == 1, (
             f"saga {str(saga)[-4:]} ended in more than one way: {sorted(states)}"
         )
-
-
-def void(_: object) -> None:
-    """Throw a result away."""
 
 
 def _listed(rows: list[dict[str, Any]]) -> str:

@@ -96,14 +96,23 @@ class Node:
         self.queue: list[Message] = []
         self.sent: set[int] = set()
         """Positions that the relay's cursor has passed."""
-        self.down_for = 0
-        """Turns for which the service is out."""
+        self.down_for = 0.0
+        """Turns for which the service is out; infinite: until nobody else has work."""
+        # The scheduler asks at every turn, and a commit is what changes the answer.
+        self._unsent: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
+        self._due: tuple[int, datetime | None] | None = None
         self.receiver = Receiver(self.service, self.engine, random=Random(0), sleep=world.sleep)  # noqa: S311
 
     # --- what its processes do
 
     def unsent(self) -> list[dict[str, Any]]:
         """Committed events that the relay's cursor has not passed, in the order of the log."""
+        at = (self.database.storage.commits, len(self.sent))
+        if self._unsent is None or self._unsent[0] != at:
+            self._unsent = at, self._look_for_unsent()
+        return self._unsent[1]
+
+    def _look_for_unsent(self) -> list[dict[str, Any]]:
         table = self.database.storage.tables[f"{self.service.schema}.outbox_event"]
         rows = [row.committed for row in table.rows.values() if row.committed is not None]
         return sorted(
@@ -157,6 +166,12 @@ class Node:
 
     def next_due(self) -> datetime | None:
         """When the next owed delivery is due."""
+        at = self.database.storage.commits
+        if self._due is None or self._due[0] != at:
+            self._due = at, self._look_for_due()
+        return self._due[1]
+
+    def _look_for_due(self) -> datetime | None:
         rows = self.rows("pending_delivery")
         return min(
             (row["next_attempt_at"] for row in rows if row["service"] == self.name), default=None

@@ -28,7 +28,7 @@ from examples.order_saga.demo.traffic import examine
 from examples.order_saga.demo.watch import watching
 
 SAGAS = int(os.environ.get("OUTBOX_CHAOS_SAGAS", "40"))
-SEED = int(os.environ.get("OUTBOX_CHAOS_SEED", str(int(time.time()) % 1_000_000)))
+SEED = int(os.environ["OUTBOX_CHAOS_SEED"])
 SAGAS_PER_KILL = 4
 SECONDS_BETWEEN_KILLS = (0.2, 1.2)
 ORDERS_PER_SECOND = 50.0

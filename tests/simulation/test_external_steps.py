@@ -25,7 +25,7 @@ from tests.payments import Declined, Ordered, OutOfStock, Paid, Stocked
 
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
 SEED = int(os.environ["SIMULATION_SEED"])
-FOUND_WITHIN = 150
+FOUND_WITHIN = 400
 
 
 class Shop:

@@ -116,11 +116,14 @@ class Storage:
         self.sequences: dict[str, Iterator[int]] = {}
         self.clock = clock
         self.wait = wait
+        self.commits = 0
+        """How often what is committed has changed."""
         self._transactions = itertools.count(1)
         self._xids = itertools.count(1000)
 
     def copy_from(self, template: Storage) -> None:
         """Begin as *template* stands, with no transaction open: a fresh database for another run."""
+        self.commits += 1
         for name, table in template.tables.items():
             rows = {number: Row(number, row.committed) for number, row in table.rows.items()}
             self.tables[name] = replace(
@@ -231,6 +234,7 @@ class Storage:
     # --- ends
 
     def commit(self, transaction: Transaction) -> None:
+        self.commits += 1
         for table, row in self._held(transaction):
             if isinstance(row.written, _Deleted):
                 table.rows.pop(row.number, None)
