@@ -89,6 +89,8 @@ class Simulation:
     """How many of the requests each schedule makes, drawn from its seed; None: all, in their order."""
     batch: int = 1
     """How many messages a worker may take in one transaction, as with `--outbox-batch`."""
+    operator: Callable[[World], bool] | None = None
+    """What a person does once nothing moves and nothing is due; whether there was anything to do."""
     max_turns: int = 20_000
     """A schedule that has not settled after this many turns counts as broken."""
 
@@ -169,7 +171,7 @@ class _Run:
             actions = list(self._steps())
             if actions:
                 self._pick(actions)
-            elif not self._to_next_timer():
+            elif not (self._to_next_timer() or self._operate()):
                 break
             self._report_errors()
         else:
@@ -362,6 +364,13 @@ class _Run:
             return False
         self.world.now = max(self.world.now, min(due))
         self.world.say(f"-- it is {self.world.now:%H:%M:%S}")
+        return True
+
+    def _operate(self) -> bool:
+        operator = self.simulation.operator
+        if operator is None or self._moving() or not operator(self.world):
+            return False
+        self.world.say("-- a person has seen to what was stuck")
         return True
 
     def _running(self, name: str) -> bool:
