@@ -1,0 +1,69 @@
+"""Event ids that do not depend on the course in which an event appears.
+
+An id is made of what the event says, of what was being handled when it was published, and where. So the same event has
+the same id and the same bytes in every course, and what a service has stored in one course can go on in another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, tzinfo
+from hashlib import blake2b
+from typing import Any
+from unittest.mock import patch
+from uuid import UUID
+
+import outbox.envelope
+import saga.start
+from outbox import payload as payload_module
+from outbox.events import EventType
+
+_BORN = int(datetime.now(UTC).timestamp() * 1000)
+"""The time inside of the ids: of this process, as receivers refuse what is too old or of the future."""
+
+
+class Naming:
+    """Gives out ids, within `applied`."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+        """What envelopes say of when they were made."""
+        self._cause = ""
+        self._content = b""
+        self._given: Counter[bytes] = Counter()
+
+    def begin(self, cause: str, now: datetime) -> None:
+        """Say what is handled from here on."""
+        self._cause, self.now = cause, now
+        self._given.clear()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        def write_payload(event_type: EventType, payload: object) -> bytes:
+            data = payload_module.write_payload(event_type, payload)
+            self._content = str(event_type).encode() + data
+            return data
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> Any:
+                return self.now.astimezone(tz)
+
+        with (
+            patch.object(outbox.envelope, "write_payload", write_payload),
+            patch.object(outbox.envelope, "new_id", lambda: self._id(self._content)),
+            patch.object(outbox.envelope, "datetime", Clock),
+            patch.object(saga.start, "new_id", lambda: self._id(b"saga")),
+        ):
+            yield
+
+    def _id(self, content: bytes) -> UUID:
+        # The same said twice is two events.
+        self._given[content] += 1
+        said = f"{self._cause} {self._given[content]} ".encode() + content
+        rest = int.from_bytes(blake2b(said, digest_size=10).digest())
+        number = (_BORN << 80) | rest
+        number = number & ~(0xF << 76) | 7 << 76
+        return UUID(int=number & ~(3 << 62) | 2 << 62)
