@@ -22,9 +22,8 @@ else:
     def new_id_and_text() -> tuple[UUID, str]:
         """A new UUIDv7, and its text, which is made in a tenth of the time that `str` of a `UUID` takes."""
         made = _uuid7()
-        event_id = _new(
-            UUID
-        )  # as `uuid_utils.compat` makes them: the constructor looks into seven arguments
+        # As `uuid_utils.compat` makes them: the constructor looks into seven arguments.
+        event_id = _new(UUID)
         _set(event_id, "int", made.int)
         _set(event_id, "is_safe", _is_safe)
         return event_id, str(made)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
@@ -46,15 +45,17 @@ class Naming:
             self._content = str(event_type).encode() + data
             return data
 
-        class Clock(datetime):
-            @classmethod
-            def now(cls, tz: tzinfo | None = None) -> Any:
-                return self.now.astimezone(tz)
+        def new_id_and_text() -> tuple[UUID, str]:
+            event_id = self._id(self._content)
+            return event_id, str(event_id)
+
+        def time_ns() -> int:
+            return int(self.now.timestamp() * 1_000_000) * 1_000
 
         with (
             patch.object(outbox.envelope, "write_payload", write_payload),
-            patch.object(outbox.envelope, "new_id", lambda: self._id(self._content)),
-            patch.object(outbox.envelope, "datetime", Clock),
+            patch.object(outbox.envelope, "new_id_and_text", new_id_and_text),
+            patch.object(outbox.envelope, "time_ns", time_ns),
             patch.object(saga.start, "new_id", lambda: self._id(b"saga")),
         ):
             yield
