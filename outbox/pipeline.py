@@ -44,13 +44,14 @@ class RelayStats:
     """Batches that the broker did not confirm, and lost database connections."""
     refusals: int = 0
     """Batches that the broker did not confirm since it last did."""
-    refused_since: float = 0.0
-    """When the first of those was refused, by the monotonic clock."""
+
+    def __post_init__(self) -> None:
+        self._refused_since = 0.0  # by the monotonic clock, so nothing to be printed
 
     def refuse(self) -> None:
         """The broker did not confirm."""
         if not self.refusals:
-            self.refused_since = time.monotonic()
+            self._refused_since = time.monotonic()
         self.failures += 1
         self.refusals += 1
 
@@ -60,7 +61,7 @@ class RelayStats:
 
     def refused_for(self) -> float:
         """For how many seconds the broker has confirmed nothing of what it was given."""
-        return time.monotonic() - self.refused_since if self.refusals else 0.0
+        return time.monotonic() - self._refused_since if self.refusals else 0.0
 
 
 @dataclass
@@ -199,9 +200,13 @@ class Pipeline:
         crash_point("relay.stored")
 
     def store_all(self) -> None:
-        """Store every lane's cursor, also where nothing has come."""
-        self._unstored.update(self.epochs)
-        self.store()
+        """Store every lane's cursor, also where nothing has come, once what is under way is confirmed."""
+        try:
+            self._await(everything=True)
+            self._unstored.update(self.epochs)
+            self.store()
+        except BusError as error:
+            self.begin_again(error)
 
     def finish(self) -> None:
         """Let what is under way be confirmed, and store it."""

@@ -77,9 +77,11 @@ class Billing:
         return worker
 
     def kill_workers(self) -> None:
+        """Until the broker knows, too: what it hands to the dead would come to others as redelivered."""
         for worker in self._workers:
             if worker.is_alive:
                 worker.kill()
+        eventually(lambda: self._declared().consumer_count == 0)
 
     def close(self) -> None:
         self.kill_workers()
@@ -167,9 +169,12 @@ class Billing:
         eventually(lambda: self.rows(at_work), explain=lambda: worker.log)
 
     def queued(self) -> int:
+        count: int = self._declared().message_count
+        return count
+
+    def _declared(self) -> Any:
         with self.connection.channel() as channel:
-            count: int = kombu_queue(self._topology)(channel).queue_declare()[1]
-            return count
+            return kombu_queue(self._topology)(channel).queue_declare()
 
 
 class Worker:
