@@ -1,7 +1,7 @@
 """What the processors did meanwhile, by program: on shared cores a rate also measures the broker.
 
 All processes count, whoever started them, as servers are seldom children of whoever uses them: so measure on a machine
-that does nothing else. The CPU time of a process that has ended in between is lost.
+that does nothing else. The CPU time of a process that has ended in between is lost, but for PostgreSQL's backends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 
 import psutil
 
+_SERVER: Final = "postgresql"
 _BY_ARGUMENT: Final = {
     "bench.null_relay": "relay",
     "relay": "relay",
@@ -22,28 +23,34 @@ _BY_ARGUMENT: Final = {
 }
 """Python's processes, by the first of these that their command line holds."""
 _BY_NAME: Final = {
-    "postgres": "postgresql", "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java",
+    "postgres": _SERVER, "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java",
 }  # fmt: skip
 
-Readings = Mapping[int, tuple[str, float]]
+Readings = Mapping[object, tuple[str, float]]
 
 
 def read_cpu() -> Readings:
-    """CPU seconds of every process that runs a program of interest, by process id."""
-    found = {}
+    """CPU seconds of every process that runs a program of interest, by process id; PostgreSQL's all together."""
+    found: dict[object, tuple[str, float]] = {}
+    server = 0.0
     for process in psutil.process_iter(("name", "cmdline", "cpu_times")):
-        program = _program(process)
-        if program and process.info["cpu_times"]:
-            times = process.info["cpu_times"]
-            found[process.pid] = (program, times.user + times.system)
-    return found
+        program, times = _program(process), process.info["cpu_times"]
+        if program is None or times is None:
+            continue
+        seconds = times.user + times.system
+        if program == _SERVER:
+            # A backend that ends leaves its time to the postmaster.
+            server += seconds + times.children_user + times.children_system
+        else:
+            found[process.pid] = program, seconds
+    return found | {_SERVER: (_SERVER, server)}
 
 
 def spent_since(before: Readings) -> Counter[str]:
     """CPU seconds by program since *before* was read."""
     spent: Counter[str] = Counter()
-    for pid, (program, seconds) in read_cpu().items():
-        spent[program] += seconds - before.get(pid, (program, 0.0))[1]
+    for process, (program, seconds) in read_cpu().items():
+        spent[program] += seconds - before.get(process, (program, 0.0))[1]
     return +spent
 
 
