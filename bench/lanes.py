@@ -18,6 +18,7 @@ from sqlalchemy import URL
 from bench.figures import Figure, Timer, allowed
 from bench.processes import relay, running
 from bench.publishing import conninfo, fill
+from outbox.doorbell import channel
 
 EVENTS: Final = 100_000
 IDLE_SECONDS: Final = 20.0
@@ -61,6 +62,7 @@ def _draining(database: URL, count: int) -> Callable[[Timer], None]:
                 taken.get()
             fill(connection, EVENTS)
             with timer.counting(EVENTS):
+                connection.execute(f'NOTIFY "{channel("outbox")}"'.encode())  # they may be pausing
                 left = EVENTS
                 while left > 0:
                     left -= taken.get(timeout=PATIENCE_SECONDS)

@@ -11,7 +11,15 @@ import psycopg
 from sqlalchemy import URL
 
 from bench.figures import Figure, Measured, Timer
-from bench.writers import BY_HAND, ORDER_ONLY, PUBLISHED, Run, as_processes, as_threads
+from bench.writers import (
+    BY_HAND,
+    JSON_BY_HAND,
+    ORDER_ONLY,
+    PUBLISHED,
+    Run,
+    as_processes,
+    as_threads,
+)
 from outbox.reader import Cursor, LogReader
 
 FILL = """
@@ -49,7 +57,7 @@ def figures(database: URL) -> Iterator[list[Figure]]:
 
 
 def _publishing(how: str, start: Callable[[], Run]) -> list[Figure]:
-    """Publishing beside the same insert by hand; and beside no event at all, for which nobody has set a floor."""
+    """Publishing beside the same insert by hand; without a floor, beside one that makes JSON, and beside no event."""
 
     def writing(event: str) -> Measured:
         return lambda timer: start()(timer, event)
@@ -58,6 +66,7 @@ def _publishing(how: str, start: Callable[[], Run]) -> list[Figure]:
     ours = writing(PUBLISHED)
     return [
         Figure(name, "tx/s", ours, writing(BY_HAND), BY_HAND, 0.95, reach=1.1),
+        Figure(f"{name}, beside JSON by hand", "tx/s", ours, writing(JSON_BY_HAND), JSON_BY_HAND),
         Figure(f"{name}, beside the order alone", "tx/s", ours, writing(ORDER_ONLY), ORDER_ONLY, reach=0.85),
     ]  # fmt: skip
 

@@ -6,13 +6,15 @@ wait for each other's: what costs a microsecond costs several there.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 from sqlalchemy import create_engine, make_url, text
@@ -23,7 +25,9 @@ from outbox.events import Registry
 from outbox.publishing import publish
 
 WRITERS, TRANSACTIONS = 8, 300
-PUBLISHED, BY_HAND, ORDER_ONLY = "publish", "INSERT by hand", "order only"
+PUBLISHED, ORDER_ONLY = "publish", "order only"
+BY_HAND, JSON_BY_HAND = "INSERT by hand", "INSERT by hand of json.dumps"
+"""Of bytes that are there already; of an event that is made into JSON as by hand, unchecked."""
 Run = Callable[[Timer, str], None]
 """Has all writers write the order and what the second argument names."""
 
@@ -67,8 +71,9 @@ class Writer:
         connection.execute(INSERT_ORDER)
         if event == PUBLISHED:
             publish(connection, OrderCreated(1), registry=registry)
-        elif event == BY_HAND:
-            connection.execute(INSERT_BY_HAND, (1, uuid4(), "order.created", 1, "1", b"x" * 300))
+        elif event != ORDER_ONLY:
+            event_id, body = _made_by_hand(event)
+            connection.execute(INSERT_BY_HAND, (1, event_id, "order.created", 1, "1", body))
         connection.commit()
 
     def _in_session(self, event: str) -> None:
@@ -76,10 +81,22 @@ class Writer:
         session.execute(ORDER_IN_SESSION)
         if event == PUBLISHED:
             publish(session, OrderCreated(1), registry=registry)
-        elif event == BY_HAND:
-            values = {"lane": 1, "id": uuid4(), "type": "order.created", "version": 1, "key": "1"}
-            session.execute(INSERT_IN_SESSION, values | {"body": b"x" * 300})
+        elif event != ORDER_ONLY:
+            event_id, body = _made_by_hand(event)
+            values = {"lane": 1, "id": event_id, "type": "order.created", "version": 1, "key": "1"}
+            session.execute(INSERT_IN_SESSION, values | {"body": body})
         session.commit()
+
+
+def _made_by_hand(event: str) -> tuple[UUID, bytes]:
+    event_id = uuid4()
+    if event == BY_HAND:
+        return event_id, b"x" * 300
+    said = {
+        "specversion": "1.0", "id": str(event_id), "source": "order", "type": "order.created",
+        "time": datetime.now(UTC).isoformat(), "partitionkey": "1", "data": asdict(OrderCreated(1)),
+    }  # fmt: skip
+    return event_id, json.dumps(said).encode()
 
 
 def as_threads(_stack: ExitStack, driver: str, url: str) -> Run:
