@@ -77,6 +77,7 @@ def chaos(set_up: Stage, shop: Shop, random: Random) -> tuple[Told, Counter[str]
         began, orders, placed = watch.now(), iter(shop.orders), 0
         next_kill, deadline = time.monotonic(), time.monotonic() + LIMIT
         while True:
+            supervise(set_up)
             # As slowly as is killed, so that there is work under way each time.
             due = SAGAS if not victims else (killed.total() + 1) * SAGAS_PER_KILL
             placed += load.tick(orders, at_most=min(due, SAGAS) - placed)
@@ -98,6 +99,14 @@ def chaos(set_up: Stage, shop: Shop, random: Random) -> tuple[Told, Counter[str]
             traffic=traffic,
         )  # fmt: skip
     return told, killed
+
+
+def supervise(set_up: Stage) -> None:
+    """Start again what has ended by itself: a worker of Celery's does where a child dies while the pool starts."""
+    for service in set_up.services.values():
+        for process in service.processes:
+            if not process.is_running:
+                _kill_and_start(process)
 
 
 # ---- whom to kill: each says whether somebody was there ----
