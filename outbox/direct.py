@@ -101,7 +101,7 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
         account = _account(connection)
         if account is None:
             connection.pgconn.send_query_params(statement.query, values, None, formats)
-            _finish(connection)
+            results_of(connection)
         else:
             _execute(connection, account, statement, values, formats)
     return True
@@ -127,25 +127,28 @@ def _execute(
     if prepare is Prepare.YES:
         pgconn.send_query_prepared(name, values, formats)
         account.maybe_add_to_cache(statement, prepare, name)
-        _finish(connection)
+        results_of(connection)
         return
     if prepare is Prepare.SHOULD:
         pgconn.send_prepare(name, statement.query)
-        _finish(connection)
+        results_of(connection)
         pgconn.send_query_prepared(name, values, formats)
     else:
         pgconn.send_query_params(statement.query, values, None, formats)
     key = account.maybe_add_to_cache(statement, prepare, name)
-    results = _finish(connection)
+    results = results_of(connection)
     if key is not None:
         account.validate(key, prepare, name, results)
     connection.wait(account.maintain_gen(connection))
 
 
-def _finish(connection: psycopg.Connection[Any]) -> list[PGresult]:
+def results_of(
+    connection: psycopg.Connection[Any], expected: ExecStatus = _COMMAND_OK
+) -> list[PGresult]:
+    """What has come of the statement that was sent last. Raises its error where that is not as *expected*."""
     results: list[PGresult] = connection.wait(generators.execute(connection.pgconn))
     for result in results:
-        if result.status != _COMMAND_OK:
+        if result.status != expected:
             raise error_from_result(result, encoding="utf-8")
     return results
 

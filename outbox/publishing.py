@@ -89,10 +89,6 @@ def publish(
 
     Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
     """
-    handled = current()
-    if handled is not None:
-        caused_by = caused_by or handled.envelope
-        source = source or handled.service
     made = _made(event, registry, source, caused_by, correlation_id, extensions, limits)
     _append_all(connection, [made], schema)
     return made[1].id
@@ -111,10 +107,6 @@ def publish_all(
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[UUID]:
     """Publish *events* in their order, in one statement. As `publish`; where one is refused, none is written."""
-    handled = current()
-    if handled is not None:
-        caused_by = caused_by or handled.envelope
-        source = source or handled.service
     made = [
         _made(event, registry, source, caused_by, correlation_id, extensions, limits)
         for event in events
@@ -164,6 +156,10 @@ def _made(
     extensions: Mapping[str, str | int] | None,
     limits: Limits,
 ) -> Event:
+    handled = current()
+    if handled is not None:
+        caused_by = caused_by or handled.envelope
+        source = source or handled.service
     event_type = registry.of(event)
     return event_type, encode(
         event_type, event, source=source or event_type.name.split(".", 1)[0], caused_by=caused_by,
@@ -238,17 +234,15 @@ def _listen() -> None:
 
 
 def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
-    if len(events) == 1 and not events[0][0].ordered:  # most calls
-        execute(in_schema(_INSERT_ONE, schema), _row(events[0][1], None), False)
-        return
     is_ordered = any(event_type.ordered for event_type, _ in events)
     sequences = _count(execute, events, schema) if is_ordered else [None] * len(events)
-    rows = [
-        _row(envelope, key_seq) for (_, envelope), key_seq in zip(events, sequences, strict=True)
-    ]
-    if len(rows) == 1:
-        execute(in_schema(_INSERT_ONE, schema), rows[0], False)
-    elif rows:
+    if len(events) == 1:
+        execute(in_schema(_INSERT_ONE, schema), _row(events[0][1], sequences[0]), False)
+    elif events:
+        rows = [
+            _row(envelope, key_seq)
+            for (_, envelope), key_seq in zip(events, sequences, strict=True)
+        ]
         columns = [list(column) for column in zip(*rows, strict=True)]
         execute(in_schema(_INSERT_MANY, schema), columns, False)
 

@@ -16,9 +16,10 @@ from typing import Any, Final
 import psycopg
 from psycopg import generators
 from psycopg.adapt import Transformer
-from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
+
+from outbox.direct import results_of
 
 _PLACE: Final = re.compile(r"%\((\w+)\)s")
 _numbers: Final = count(1)
@@ -49,7 +50,7 @@ class StandingQuery:
         else:
             if not self._is_prepared:
                 pgconn.send_prepare(self._name, self._sql)
-                self._fetch(ExecStatus.COMMAND_OK)
+                results_of(self._connection)
                 self._is_prepared = True
             pgconn.send_query_prepared(self._name, values, result_format=Format.BINARY)
         self._is_asked = True
@@ -59,7 +60,7 @@ class StandingQuery:
         """Have the whole answer in memory, if one is on its way. Raises what the statement has raised."""
         if self._is_asked:
             self._is_asked = False
-            self._answer = self._fetch(ExecStatus.TUPLES_OK)
+            (self._answer,) = results_of(self._connection, ExecStatus.TUPLES_OK)
 
     def rows(self, make: Callable[[Sequence[Any]], Any]) -> list[Any]:
         """The answer's rows; waits for them. It is taken with this."""
@@ -73,13 +74,6 @@ class StandingQuery:
         """Drop an answer that was not taken."""
         self.settle()
         self._answer = None
-
-    def _fetch(self, expected: ExecStatus) -> PGresult:
-        result: PGresult
-        (result,) = self._connection.wait(generators.execute(self._connection.pgconn))
-        if result.status != expected:
-            raise error_from_result(result, encoding="utf-8")
-        return result
 
 
 def _text(value: Any) -> bytes:

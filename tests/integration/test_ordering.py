@@ -215,6 +215,15 @@ def test_a_dead_letter_holds_up_its_key_until_a_person_has_decided(bank: Bank, v
     assert bank.booked() == {"a": [1, 2, 3, 4] if verb == "redrive" else [1, 3, 4]}
 
 
+def decide_on_what_is_quarantined(bank: Bank, verb: str) -> None:
+    with Session(bank.engine) as session, session.begin():
+        (message,) = quarantine.list_messages(session)
+        if verb == "redrive":
+            assert quarantine.redrive(session, message.id)
+        else:
+            assert quarantine.discard(session, message.id, "not ours")
+
+
 @pytest.mark.parametrize("verb", ["redrive", "discard"])
 def test_a_quarantined_event_holds_up_its_key_until_a_person_has_decided(
     bank: Bank, verb: str
@@ -226,12 +235,7 @@ def test_a_quarantined_event_holds_up_its_key_until_a_person_has_decided(
     bank.receive(third)
     bank.settle()
     assert bank.booked() == {"a": [1]}
-    with Session(bank.engine) as session, session.begin():
-        (message,) = quarantine.list_messages(session)
-        if verb == "redrive":
-            assert quarantine.redrive(session, message.id)
-        else:
-            assert quarantine.discard(session, message.id, "not ours")
+    decide_on_what_is_quarantined(bank, verb)
     bank.settle()
     assert bank.booked() == {"a": [1, 2, 3] if verb == "redrive" else [1, 3]}
 
@@ -371,12 +375,7 @@ def test_the_first_event_of_a_key_holds_up_those_after_it_when_it_is_quarantined
     bank.after_a_while()
     bank.settle()
     assert bank.booked() == {}
-    with Session(bank.engine) as session, session.begin():
-        (message,) = quarantine.list_messages(session)
-        if verb == "redrive":
-            assert quarantine.redrive(session, message.id)
-        else:
-            assert quarantine.discard(session, message.id, "not ours")
+    decide_on_what_is_quarantined(bank, verb)
     bank.after_a_while()
     bank.settle()
     assert bank.booked() == {"a": [1, 2] if verb == "redrive" else [2]}
