@@ -15,7 +15,7 @@ from sqlalchemy import URL
 from bench.figures import Figure, Timer
 from bench.publishing import conninfo, fill
 from outbox.buses import Bus, QueueType, Topology, open_bus
-from outbox.buses.base import OutgoingMessage
+from outbox.buses.base import Confirmation, OutgoingMessage
 from outbox.buses.frames import message_properties
 from outbox.buses.message import celery_message
 from outbox.cli.process import collect_garbage_seldom
@@ -82,21 +82,31 @@ class _Counting:
     def declare(self, topology: Topology) -> None: ...
 
     def send(self, batch: Any) -> Any:
-        confirmation, counting = self._bus.send(batch), self
+        return _Counted(self._bus.send(batch), len(batch), self)
 
-        class Counted:
-            def wait(self) -> None:
-                confirmation.wait()
-                counting._confirmed += len(batch)
-                if counting._confirmed >= counting._until and counting.relay is not None:
-                    counting.relay.stop()
-
-        return Counted()
+    def confirmed(self, events: int) -> None:
+        """The broker has taken so many more."""
+        self._confirmed += events
+        if self._confirmed >= self._until and self.relay is not None:
+            self.relay.stop()
 
     def keep_alive(self) -> None:
         self._bus.keep_alive()
 
     def close(self) -> None: ...
+
+
+class _Counted:
+    """One batch under way. (A class made for each would be a cycle that keeps its events until garbage is collected.)"""
+
+    __slots__ = ("_confirmation", "_counting", "_events")
+
+    def __init__(self, confirmation: Confirmation, events: int, counting: _Counting) -> None:
+        self._confirmation, self._events, self._counting = confirmation, events, counting
+
+    def wait(self) -> None:
+        self._confirmation.wait()
+        self._counting.confirmed(self._events)
 
 
 def _send_task(redis_url: str) -> Any:
