@@ -97,7 +97,7 @@ class _Counting:
 
 
 class _Counted:
-    """One batch under way. (A class made for each would be a cycle that keeps its events until garbage is collected.)"""
+    """One batch under way. (A class for each would be a cycle that keeps its events until garbage is collected.)"""
 
     __slots__ = ("_confirmation", "_counting", "_events")
 

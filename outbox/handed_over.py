@@ -11,13 +11,27 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from outbox.buses.base import OutgoingMessage
 from outbox.rolls import RECORD_BYTES
 
 _WORDS: Final = RECORD_BYTES // 8
+
+Records = Mapping[tuple[int, str], list[Any]]
+"""By lane and type: an id as text, its position, the next id and so on. (Two lists would cost more than all the rest.)
+"""
+
+
+def records_of(events: Iterable[OutgoingMessage]) -> Records:
+    """What is remembered of *events*, made while they are in the processor's cache, so that they can be let go."""
+    records: defaultdict[tuple[int, str], list[Any]] = defaultdict(list)
+    for id, type, _, _, lane, position, _, _, _ in events:
+        its = records[lane, type]
+        its.append(id)
+        its.append(position)
+    return records
 
 
 class HandedOver:
@@ -29,23 +43,19 @@ class HandedOver:
         self._count = 0
         self._begun: set[int] = set()
         self._records: defaultdict[tuple[int, str], list[Any]] = defaultdict(list)
-        """An id as text, its position, the next id and so on: two lists for each would cost more than all the rest."""
 
     def begin(self, lanes: Iterable[int]) -> None:
         """The last roll of *lanes* names everything that was added by now."""
         self._begun.update(lanes)
 
-    def add(self, events: Sequence[OutgoingMessage]) -> None:
-        """A page was confirmed."""
-        self._count += len(events)
+    def add(self, records: Records) -> None:
+        """What they are of was confirmed."""
+        self._count += sum(map(len, records.values())) // 2
         if self._count > self._most:
             self.forget()
             return
-        records = self._records
-        for id, type, _, _, lane, position, _, _, _ in events:
-            its = records[lane, type]
-            its.append(id)
-            its.append(position)
+        for key, its in records.items():
+            self._records[key].extend(its)
 
     def knows(self, lane: int) -> bool:
         """Whether all that was confirmed of *lane* since its last roll is remembered."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from random import Random
@@ -22,6 +22,7 @@ from outbox.buses.base import Bus, Confirmation, OutgoingMessage
 from outbox.crash_points import crash_point
 from outbox.cursors import CursorStore
 from outbox.errors import BusError, LeaseLost
+from outbox.handed_over import Records, records_of
 from outbox.reader import Cursor, LogReader, Page
 from outbox.roll_caller import RollCaller
 
@@ -31,7 +32,6 @@ _STORE_EVERY: Final = 0.1
 _FIRST_ROWS: Final = 16
 _AT_ONCE: Final = float("inf")
 _BODY: Final = attrgetter("body")
-_LANE: Final = attrgetter("lane")
 
 
 @dataclass
@@ -74,12 +74,22 @@ class _Group:
     """Whether the last page was everything that there was."""
 
 
-@dataclass
+@dataclass(slots=True)
+class _Sent:
+    """What is kept of a page that was sent. The events are let go: what fails is read again."""
+
+    group: _Group
+    cursor: Cursor
+    events: int
+    records: Records
+
+
+@dataclass(slots=True)
 class _InFlight:
     """A page of a group of lanes, or rolls."""
 
     confirmation: Confirmation
-    sent: tuple[_Group, Page] | list[OutgoingMessage]
+    sent: _Sent | list[OutgoingMessage]
 
 
 class Pipeline:
@@ -236,11 +246,12 @@ class Pipeline:
         try:
             self._read_ahead(group, page)
             confirmation = self._bus.send(page.events)
+            sent = _Sent(group, page.cursor, len(page.events), records_of(page.events))
         finally:
             self._reader.settle()
-        self._stats.sent += len(page.events)
+        self._stats.sent += sent.events
         crash_point("relay.sent")
-        self._in_flight.append(_InFlight(confirmation, (group, page)))
+        self._in_flight.append(_InFlight(confirmation, sent))
 
     def _read_ahead(self, group: _Group, page: Page) -> None:
         """Let PostgreSQL make the next page while this one is sent, where there is one and the broker takes them."""
@@ -255,17 +266,17 @@ class Pipeline:
             crash_point("relay.confirmed")
             self._in_flight.popleft()
             self._stats.forgive()
-            if isinstance(first.sent, tuple):
-                group, page = first.sent
-                group.confirmed = page.cursor
-                self._note_confirmed(page.events)
-                self._unstored.update(map(_LANE, page.events))
+            if isinstance(first.sent, _Sent):
+                sent = first.sent
+                sent.group.confirmed = sent.cursor
+                self._note_confirmed(sent.events, sent.records)
+                self._unstored.update(lane for lane, _ in sent.records)
                 self.store(time.monotonic())
 
-    def _note_confirmed(self, events: Sequence[OutgoingMessage]) -> None:
-        self._stats.confirmed += len(events)
+    def _note_confirmed(self, events: int, records: Records) -> None:
+        self._stats.confirmed += events
         if self._rolls is not None:
-            self._rolls.handed_over(events)
+            self._rolls.handed_over(events, records)
 
     def _reload(self, epochs: dict[int, int]) -> None:
         """Go on from the stored cursors: another relay may have moved them."""
@@ -301,7 +312,7 @@ class Pipeline:
         if events:
             self._bus.send(events).wait()
             self._stats.sent += len(events)
-            self._note_confirmed(events)
+            self._note_confirmed(len(events), records_of(events))
         self._groups = [_Group(merged, merged)]
         self._unstored.update(merged.his)
 

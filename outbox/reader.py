@@ -46,6 +46,7 @@ MESSAGE: Final = "e.event_id::text, e.type, e.key, e.body, e.lane, e.position, e
 
 _SNAPSHOT_LANE: Final = -100
 _FIRST_XID: Final = 3
+_MOST_LOOKED_AT: Final = 64
 
 _FRESH = f"""
 SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[]) AS l (lane, hi)
@@ -94,7 +95,10 @@ ORDER BY e.position
 _ANY_SNAPSHOT = "SELECT pg_current_snapshot()::text"
 # A commit that waits for the disk makes everything before it durable. One statement, one round trip: it sets how the
 # transaction that it is will be committed.
-_FLUSH = "SELECT set_config('synchronous_commit', 'on', true), pg_logical_emit_message(true, 'outbox', '')"
+_FLUSH = """
+SELECT pg_current_xact_id()::text, set_config('synchronous_commit', 'on', true),
+    pg_logical_emit_message(true, 'outbox', '')
+"""
 
 _HUGE_XID: Final = 2**63 - 1
 _LANE: Final = attrgetter("lane")
@@ -119,6 +123,16 @@ class Snapshot:
         """Transactions below `next` that had not ended."""
         listed = self.text.split(":")[2]
         return listed.split(",") if listed else []
+
+    def shows_more_than(self, earlier: Snapshot, own: int) -> bool:
+        """Whether a transaction other than *own* may have ended since *earlier*."""
+        if self.text == earlier.text:
+            return False
+        begun = range(earlier.next, self.next)
+        if len(begun) > _MOST_LOOKED_AT:
+            return True
+        ended = {*map(int, earlier.running), *begun} - {*map(int, self.running), own}
+        return bool(ended)
 
 
 NOTHING_SEEN: Final = Snapshot(f"{_FIRST_XID}:{_FIRST_XID}:")
@@ -174,6 +188,8 @@ class LogReader:
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
         self._page = StandingQuery(connection, self._page_sql)
         self._asked: tuple[Cursor, int] | None = None
+        self._durable, self._flushed_by = NOTHING_SEEN, 0
+        """All that is visible in the snapshot would survive a crash of the server; the transaction that saw to it."""
 
     def read(self, cursor: Cursor, rows: int, *, durable: bool = True) -> Page:
         """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers.
@@ -213,8 +229,10 @@ class LogReader:
             if row.position <= cursor.his.get(~row.lane, -1)
         ]
         events = sorted([*late, *fresh], key=_POSITION) if late else fresh
-        if events and not_durable > 0 and durable:
-            self.make_durable()
+        if not_durable <= 0:
+            self._durable = seen
+        elif events and durable:
+            self._see_to_durability(seen)
         return Page(events, Cursor(his, seen), complete)
 
     def read_ahead(self, cursor: Cursor, rows: int) -> None:
@@ -282,10 +300,10 @@ class LogReader:
             lanes=[lane for _, lane in page],
             positions=[position for position, _ in page],
         )
-        self.make_durable()
+        assert cursor.late_until is not None
+        self._see_to_durability(cursor.late_until)
         if rest:
             return Page(events, replace(cursor, late=rest), complete=False)
-        assert cursor.late_until is not None
         return Page(events, Cursor(cursor.his, cursor.late_until), complete=False)
 
     def _since(self, cursor: Cursor) -> dict[str, Any]:
@@ -295,9 +313,20 @@ class LogReader:
             "ceiling": str(cursor.ceiling),
         }
 
-    def make_durable(self) -> None:
-        """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them."""
-        self._connection.execute(_FLUSH)
+    def make_durable(self) -> int:
+        """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them.
+
+        Returns the xid of the transaction that it took.
+        """
+        ((xid, *_),) = self._rows(_FLUSH)
+        return int(xid)
+
+    def _see_to_durability(self, seen: Snapshot) -> None:
+        # There is always some WAL that is not on disk yet, as reading alone writes it (hint bits, with checksums). But
+        # what could be seen before the last flush was on disk with it, whatever has been written since.
+        if seen.shows_more_than(self._durable, self._flushed_by):
+            self._flushed_by = self.make_durable()
+            self._durable = seen
 
     def _messages(self, sql: str, **params: Any) -> list[OutgoingMessage]:
         return [_message(row) for row in self._rows(sql, **params)]

@@ -20,7 +20,7 @@ from uuid import UUID
 import psycopg
 
 from outbox.buses.base import OutgoingMessage
-from outbox.handed_over import HandedOver
+from outbox.handed_over import HandedOver, Records
 from outbox.ids import new_id
 from outbox.reader import Cursor, Snapshot
 from outbox.rolls import RECORD_BYTES, Entry, Roll, encode, text_of
@@ -171,10 +171,10 @@ class RollCaller:
         # it is not much, and what comes after it is remembered.
         self._unnamed = _SOON
 
-    def handed_over(self, events: Sequence[OutgoingMessage]) -> None:
-        """The broker has confirmed *events*, and with them the cursors at which they end."""
-        self._unnamed += len(events)
-        self._handed.add(events)
+    def handed_over(self, events: int, records: Records) -> None:
+        """The broker has confirmed so many *events*, which *records* are of, and with them the cursor they end at."""
+        self._unnamed += events
+        self._handed.add(records)
 
     def messages(
         self, cursors: Iterable[Cursor], epochs: Mapping[int, int]

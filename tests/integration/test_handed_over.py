@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 import outbox
-from outbox.handed_over import HandedOver
+from outbox.handed_over import HandedOver, records_of
 from outbox.reader import Cursor
 from outbox.roll_caller import RollCaller
 from outbox.rolls import RECORD_BYTES
@@ -97,9 +97,9 @@ def test_more_than_can_be_remembered_is_left_to_the_log() -> None:
     handed = HandedOver(most=2)
     handed.begin([0])
     one = outbox.buses.OutgoingMessage("0" * 32, "a.b", None, b"", 0, 7)
-    handed.add([one, one])
+    handed.add(records_of([one, one]))
     assert handed.knows(0)
-    handed.add([one])
+    handed.add(records_of([one]))
     assert not handed.knows(0)
     assert handed.take([0]) == {}
 
@@ -107,9 +107,8 @@ def test_more_than_can_be_remembered_is_left_to_the_log() -> None:
 def test_a_lane_that_is_not_known_from_its_last_roll_on_is_left_to_the_log() -> None:
     handed = HandedOver(most=10)
     handed.begin([0])
-    handed.add(
-        [outbox.buses.OutgoingMessage("0" * 32, "a.b", None, b"", lane, 7) for lane in (0, 1)]
-    )
+    both = [outbox.buses.OutgoingMessage("0" * 32, "a.b", None, b"", lane, 7) for lane in (0, 1)]
+    handed.add(records_of(both))
     assert not handed.knows(1)
     assert handed.take([0, 1]) == {(0, "a.b"): bytes(16) + (7).to_bytes(8, "big")}
     assert not handed.knows(0)
