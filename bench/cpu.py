@@ -23,7 +23,7 @@ _BY_ARGUMENT: Final = {
 }
 """Python's processes, by the first of these that their command line holds."""
 _BY_NAME: Final = {
-    "postgres": _SERVER, "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java",
+    "postgres": _SERVER, "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java", "tansu": "tansu",
 }  # fmt: skip
 
 Readings = Mapping[object, tuple[str, float]]

