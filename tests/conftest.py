@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine, make_url
 from outbox import doorbell
 from tests import containers, servers
 from tests.databases import Databases
+from tests.kafka_brokers import Kafka, KafkaBroker, LocalKafka
 from tests.local_servers import (
     LocalPgBouncer,
     LocalPostgres,
@@ -23,6 +24,7 @@ from tests.local_servers import (
     LocalRedis,
     LocalServer,
 )
+from tests.mock_kafka import MockKafka
 from tests.servers import Room, Unavailable
 
 # No test is timed: on a busy machine any example may take long.
@@ -83,7 +85,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("needs_docker") is not None:
-        for kind in servers.TITLES:
+        for kind in containers.MADE_HERE:
             reason = containers.why_not(kind)
             if reason is not None:
                 _do_without(reason)
@@ -242,6 +244,28 @@ def bus_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture
+def mock_kafka() -> Iterator[MockKafka]:
+    """librdkafka's mock cluster, of the test's own: it can refuse what a real one would."""
+    cluster = MockKafka()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def kafka_broker(room: Room) -> KafkaBroker:
+    """The session's Kafka. Name what you declare after `unique_name`."""
+    return KafkaBroker(_shared(room, "kafka"))
+
+
+@pytest.fixture(params=["mock", "broker"])
+def kafka(request: pytest.FixtureRequest) -> Kafka:
+    """The test runs on the mock cluster and on a broker."""
+    name = {"mock": "mock_kafka", "broker": "kafka_broker"}[request.param]
+    found: Kafka = request.getfixturevalue(name)
+    return found
+
+
 # ---- servers of the test's own, to be paused, killed and started again ----
 
 
@@ -264,6 +288,15 @@ def private_rabbitmq(room: Room) -> Iterator[LocalRabbitMQ]:
     if reason is not None:
         _do_without(reason)
     yield from _private(LocalRabbitMQ(room.private_directory()))
+
+
+@pytest.fixture
+def private_kafka(room: Room) -> Iterator[LocalKafka]:
+    """A Tansu of the test's own, which has forgotten everything after `kill` and `start`."""
+    reason = servers.why_not("kafka", "local")
+    if reason is not None:
+        _do_without(reason)
+    yield from _private(LocalKafka(room.private_directory()))
 
 
 @pytest.fixture

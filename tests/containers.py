@@ -1,4 +1,7 @@
-"""The same servers through testcontainers, from images that are already on the Docker daemon."""
+"""The same servers through testcontainers, from images that are already on the Docker daemon.
+
+Kafka's is pulled, and so only where OUTBOX_TEST_KAFKA_IMAGE names one (`confluentinc/cp-kafka:7.6.0`, say).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ IMAGES = {
     "postgres": os.environ.get("OUTBOX_TEST_POSTGRES_IMAGE", "outbox-test-postgres"),
     "rabbitmq": os.environ.get("OUTBOX_TEST_RABBITMQ_IMAGE", "outbox-test-rabbitmq"),
     "redis": os.environ.get("OUTBOX_TEST_REDIS_IMAGE", "outbox-test-redis"),
+    "kafka": os.environ.get("OUTBOX_TEST_KAFKA_IMAGE", ""),
 }
+MADE_HERE = ("postgres", "rabbitmq", "redis")
+"""`tools/test-images` makes their images."""
 
 
 def why_not(kind: str) -> str | None:
@@ -22,6 +28,8 @@ def why_not(kind: str) -> str | None:
     without_docker = _why_no_docker()
     if without_docker is not None:
         return without_docker
+    if kind not in MADE_HERE:
+        return None if IMAGES[kind] else "OUTBOX_TEST_KAFKA_IMAGE is not set"
     client = docker.from_env(timeout=10)
     try:
         client.images.get(IMAGES[kind])
@@ -51,7 +59,7 @@ def start(kind: str, session: str) -> str:
 
     testcontainers_config.ryuk_disabled = True  # its image would have to be pulled
     options = {"labels": {LABEL: session}}
-    return {"postgres": _postgres, "rabbitmq": _rabbitmq, "redis": _redis}[kind](options)
+    return _STARTS[kind](options)
 
 
 def _postgres(options: dict[str, Any]) -> str:
@@ -82,6 +90,17 @@ def _redis(options: dict[str, Any]) -> str:
     container = RedisContainer(IMAGES["redis"], **options)
     container.start()
     return f"redis://{_address(container, container.port)}/0"
+
+
+def _kafka(options: dict[str, Any]) -> str:
+    from testcontainers.community.kafka import KafkaContainer
+
+    container = KafkaContainer(IMAGES["kafka"], **options)
+    container.start()
+    return f"kafka://{container.get_bootstrap_server()}"
+
+
+_STARTS = {"postgres": _postgres, "rabbitmq": _rabbitmq, "redis": _redis, "kafka": _kafka}
 
 
 def _address(container: Any, port: int) -> str:

@@ -1,4 +1,4 @@
-"""`outbox consume` of `tests/apps/billing.py` as processes, on a mock cluster, with a relay's bus to send by."""
+"""Processes of `tests/apps/billing.py` on any Kafka: `outbox consume`, and a relay or its bus alone to send by."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outbox.buses.base import OutgoingMessage
 from outbox.buses.kafka import KafkaBus
 from outbox.envelope import Envelope, encode
 from tests.apps import billing
-from tests.mock_kafka import MockKafka
+from tests.kafka_brokers import Kafka
 from tests.workers import ROOT, eventually
 
 _COMMAND = "from outbox.cli import main; main()"
@@ -26,7 +26,7 @@ _COMMAND = "from outbox.cli import main; main()"
 class BillingOnKafka:
     """The service `billing` under a name of its own: a database, topics, and consumers."""
 
-    def __init__(self, database_url: str, kafka: MockKafka, directory: Path) -> None:
+    def __init__(self, database_url: str, kafka: Kafka, directory: Path) -> None:
         self.name = f"b{uuid.uuid4().hex[:10]}"
         self.queue = f"{self.name}.events"
         self.topic = f"{self.name}.exchange.order"
@@ -43,22 +43,35 @@ class BillingOnKafka:
         kafka.create_topic(self.topic, 4)
         kafka.create_topic(self.queue, 2)
         self.bus = KafkaBus(self.url, f"{self.name}.exchange")
-        self._consumers: list[Process] = []
+        self._processes: list[Process] = []
         with self.engine.begin() as connection:
             connection.execute(text("CREATE TABLE IF NOT EXISTS effect (what text)"))
 
     def consumer(self, *options: str, ready: bool = True, **environment: str) -> Process:
         """Start a consumer and wait until it has partitions."""
-        path = self._directory / f"{self.name}-{len(self._consumers)}.log"
-        options = ("--broker-url", environment.pop("url", self.url), "--json", *options)
-        process = Process(path, options, {**self._environment, **environment})
-        self._consumers.append(process)
+        url = environment.pop("url", self.url)
+        arguments = ("consume", "tests.apps.billing:app", "--broker-url", url, *options)
+        process = self._start(*arguments, **environment)
         if ready:
-            process.wait_until_ready()
+            process.wait_until(" is read here")
+        return process
+
+    def relay(self) -> Process:
+        """Start a relay from the service's own database to its exchange."""
+        database = self.engine.url.render_as_string(hide_password=False)
+        exchange = f"{self.name}.exchange"
+        return self._start(
+            "relay", "--database-url", database, "--broker-url", self.url, "--exchange", exchange
+        )
+
+    def _start(self, *arguments: str, **environment: str) -> Process:
+        path = self._directory / f"{self.name}-{len(self._processes)}.log"
+        process = Process(path, (*arguments, "--json"), {**self._environment, **environment})
+        self._processes.append(process)
         return process
 
     def close(self) -> None:
-        for one in self._consumers:
+        for one in self._processes:
             if one.is_alive:
                 one.kill()
         self.bus.close()
@@ -88,7 +101,7 @@ class BillingOnKafka:
         assert self.effects == wanted
 
     def logs(self) -> str:
-        return "\n".join([str(self.effects), *(one.log for one in self._consumers)])
+        return "\n".join([str(self.effects), *(one.log for one in self._processes)])
 
     def rows(self, sql: str, **values: Any) -> list[Any]:
         with self.engine.connect() as connection:
@@ -99,14 +112,14 @@ class BillingOnKafka:
 
 
 class Process:
-    """One `outbox consume` process."""
+    """One process of the command `outbox`."""
 
-    def __init__(self, log: Path, options: tuple[str, ...], environment: dict[str, str]) -> None:
+    def __init__(self, log: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
         self._log_path = log
         self._output = log.with_suffix(".out")
         with log.open("wb") as errors, self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, "consume", "tests.apps.billing:app", *options],
+                [sys.executable, "-c", _COMMAND, *arguments],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=output,
@@ -122,8 +135,8 @@ class Process:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def wait_until_ready(self) -> None:
-        eventually(lambda: " is read here" in self.log or not self.is_alive, 30, lambda: self.log)
+    def wait_until(self, said: str) -> None:
+        eventually(lambda: said in self.log or not self.is_alive, 30, lambda: self.log)
         assert self.is_alive, self.log
 
     def terminate(self) -> dict[str, int]:

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import confluent_kafka
-from confluent_kafka import Consumer, Message, TopicPartition
 
 PRODUCE = 0
 """The number of the request in Kafka's protocol."""
@@ -91,22 +90,3 @@ class MockKafka:
         yield
         for broker in self._brokers:
             assert self._call.rd_kafka_mock_broker_set_up(self._cluster, broker) == 0
-
-
-def records(servers: str, topic: str, count: int, timeout: float = 10) -> list[Message]:
-    """The first *count* records of a topic, in the order of their offsets within each partition."""
-    consumer = Consumer(
-        {"bootstrap.servers": servers, "group.id": "reader", "enable.auto.commit": False}
-    )
-    try:
-        partitions = consumer.list_topics(topic, timeout).topics[topic].partitions
-        consumer.assign([TopicPartition(topic, one, 0) for one in partitions])
-        found: list[Message] = []
-        while len(found) < count:
-            one = consumer.poll(timeout)
-            assert one is not None, f"{len(found)} of {count} records in {topic}"
-            assert one.error() is None, one.error()
-            found.append(one)
-        return found
-    finally:
-        consumer.close()

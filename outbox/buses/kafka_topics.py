@@ -81,7 +81,7 @@ def _create(settings: KafkaSettings, names: list[str], timeout: float) -> None:
         )
         for name in names
     ]
-    admin = AdminClient(settings.client())
+    admin = AdminClient(settings.client({"log_level": 2}))
     for name, made in admin.create_topics(topics, request_timeout=timeout).items():
         try:
             made.result(timeout + 5)

@@ -23,8 +23,8 @@ from outbox.vigil import Vigil
 log = logging.getLogger(__name__)
 
 
-class _Look:
-    """What the sweeper looks after beside what is due."""
+class Look:
+    """What the sweeper looks after beside what is due: that the broker has our queue, and what is missed."""
 
     def __init__(self, vigil: Vigil, declare: Callable[[], None], every: timedelta) -> None:
         self._vigil = vigil
@@ -33,11 +33,11 @@ class _Look:
         self._declare_at = time.monotonic() + self._every
 
     def __call__(self) -> None:
-        self._vigil.look()
         now = time.monotonic()
         if now >= self._declare_at:
             self._declare_at = now + self._every
-            self._declare()
+            self._declare()  # before anything is asked for: the answer needs a queue to come to
+        self._vigil.look()
 
 
 class SweeperStep(bootsteps.StartStopStep):
@@ -67,7 +67,7 @@ class SweeperStep(bootsteps.StartStopStep):
             settings=installation.sweep,
             chores=partial(_keep_up, engine, service, window),
             bell=installation.bell,
-            look=_Look(
+            look=Look(
                 Vigil(
                     service,
                     engine,

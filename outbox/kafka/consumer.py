@@ -27,7 +27,7 @@ from outbox.buses.kafka_settings import KafkaSettings
 from outbox.buses.kafka_topics import told, topics_of
 from outbox.buses.topology import Topology
 from outbox.celery.engines import ForkSafeEngine
-from outbox.celery.sweeping import check_schema
+from outbox.celery.sweeping import Look, check_schema
 from outbox.errors import BusError, ConfigurationError
 from outbox.kafka.assignment import Assignment
 from outbox.kafka.own_topic import OwnTopic
@@ -135,12 +135,16 @@ class Consumer:
             settings=self._sweep_settings,
             chores=self._keep_up,
             bell=self._bell,
-            look=Vigil(
-                self._service,
-                self._engine,
-                own_topic.send_to,
-                patience=self._receive_settings.missed_after,
-            ).look,
+            look=Look(
+                Vigil(
+                    self._service,
+                    self._engine,
+                    own_topic.send_to,
+                    patience=self._receive_settings.missed_after,
+                ),
+                partial(self._bus.declare, self._topology),
+                self._sweep_settings.declare_every,
+            ),
         )
         sweeper.start()
         try:

@@ -1,4 +1,4 @@
-"""What the bus on Kafka must do, on librdkafka's mock cluster; it can refuse what a real one would."""
+"""What the bus on Kafka must do: on a broker, and on librdkafka's mock, which can refuse what it is told to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from outbox.buses import Bus, OutgoingMessage, Topology, open_bus
 from outbox.buses.kafka import KafkaBus
 from outbox.buses.kafka_topics import topics_of
 from outbox.errors import BusError, ConfigurationError
-from tests.mock_kafka import PRODUCE, MockKafka, records
+from tests.kafka_brokers import Kafka, LocalKafka, records
+from tests.mock_kafka import PRODUCE, MockKafka
 
 NOT_LEADER, TOO_LARGE, NOT_ALLOWED, OUT_OF_ORDER = 6, 10, 29, 45
 
@@ -28,23 +29,28 @@ def message(
 
 
 @pytest.fixture
-def kafka() -> Iterator[MockKafka]:
-    cluster = MockKafka()
-    yield cluster
-    cluster.close()
+def bus(kafka: Kafka, unique_name: str) -> Iterator[Bus]:
+    """Its topics begin with `unique_name`."""
+    yield from opened(kafka.url, unique_name)
 
 
 @pytest.fixture
-def bus(kafka: MockKafka) -> Iterator[Bus]:
-    opened = open_bus(kafka.url)
-    yield opened
-    opened.close()
+def mock_bus(mock_kafka: MockKafka) -> Iterator[Bus]:
+    yield from opened(mock_kafka.url)
 
 
-def test_an_event_arrives_byte_for_byte_as_a_cloudevent(kafka: MockKafka, bus: Bus) -> None:
+def opened(url: str, exchange: str = "events") -> Iterator[Bus]:
+    bus = open_bus(url, exchange)
+    yield bus
+    bus.close()
+
+
+def test_an_event_arrives_byte_for_byte_as_a_cloudevent(
+    kafka: Kafka, bus: Bus, unique_name: str
+) -> None:
     sent = message(body=b'{"a": "\\"b\\\\ \xc3\xa4"}', key="42")
     bus.send([sent]).wait()
-    (found,) = records(kafka.servers, "events.order", 1)
+    (found,) = records(kafka.servers, f"{unique_name}.order", 1)
     assert (found.key(), found.value()) == (b"42", sent.body)
     assert dict(found.headers()) == {
         "content-type": b"application/cloudevents+json; charset=UTF-8",
@@ -54,7 +60,7 @@ def test_an_event_arrives_byte_for_byte_as_a_cloudevent(kafka: MockKafka, bus: B
 
 
 def test_what_happened_to_one_key_is_in_one_partition_in_its_order(
-    kafka: MockKafka, bus: Bus
+    kafka: Kafka, bus: Bus, unique_name: str
 ) -> None:
     sent = [
         message(("order.created", "order.paid")[number % 2], b"%d" % number, key=f"k{number % 7}")
@@ -63,23 +69,26 @@ def test_what_happened_to_one_key_is_in_one_partition_in_its_order(
     for confirmation in [bus.send(sent[start : start + 500]) for start in range(0, 3_000, 500)]:
         confirmation.wait()
     by_key = defaultdict(list)
-    for one in records(kafka.servers, "events.order", 3_000):
+    for one in records(kafka.servers, f"{unique_name}.order", 3_000):
         by_key[one.key().decode(), one.partition()].append(one.value())
     assert len(by_key) == 7
     for (key, _), bodies in by_key.items():
         assert bodies == [one.body for one in sent if one.key == key]
 
 
-def test_an_event_without_a_key_goes_by_its_id(kafka: MockKafka, bus: Bus) -> None:
+def test_an_event_without_a_key_goes_by_its_id(kafka: Kafka, bus: Bus, unique_name: str) -> None:
     sent = message()
     bus.send([sent, sent]).wait()
-    one, two = records(kafka.servers, "events.order", 2)
+    one, two = records(kafka.servers, f"{unique_name}.order", 2)
     assert one.key() == two.key() == sent.id.encode()
 
 
-def test_what_is_for_one_service_goes_to_its_own_topic(kafka: MockKafka, bus: Bus) -> None:
-    bus.send([message(queue="billing.events", handler="billing.pay", key_seq=7)]).wait()
-    (found,) = records(kafka.servers, "billing.events", 1)
+def test_what_is_for_one_service_goes_to_its_own_topic(
+    kafka: Kafka, bus: Bus, unique_name: str
+) -> None:
+    queue = f"{unique_name}.events"
+    bus.send([message(queue=queue, handler="billing.pay", key_seq=7)]).wait()
+    (found,) = records(kafka.servers, queue, 1)
     assert dict(found.headers())["outbox"] == b'{"handler": "billing.pay", "key_seq": 7}'
 
 
@@ -92,22 +101,22 @@ def test_a_service_reads_its_own_topic_and_those_of_its_types() -> None:
         topics_of(Topology("bill ing", ()))
 
 
-def test_a_refusal_that_passes_is_waited_out(kafka: MockKafka, bus: Bus) -> None:
-    bus.send([message(body=b"first")]).wait()
-    kafka.refuse(PRODUCE, NOT_LEADER, NOT_LEADER)
-    bus.send([message(body=b"second")]).wait()
-    assert {one.value() for one in records(kafka.servers, "events.order", 2)} == {
+def test_a_refusal_that_passes_is_waited_out(mock_kafka: MockKafka, mock_bus: Bus) -> None:
+    mock_bus.send([message(body=b"first")]).wait()
+    mock_kafka.refuse(PRODUCE, NOT_LEADER, NOT_LEADER)
+    mock_bus.send([message(body=b"second")]).wait()
+    assert {one.value() for one in records(mock_kafka.servers, "events.order", 2)} == {
         b"first",
         b"second",
     }
 
 
-def test_a_refused_record_fails_its_batch_and_every_later_one(kafka: MockKafka) -> None:
-    bus = open_bus(f"{kafka.url}&linger.ms=200")  # so that both batches are in one request
-    kafka.create_topic("events.order", 1)
+def test_a_refused_record_fails_its_batch_and_every_later_one(mock_kafka: MockKafka) -> None:
+    bus = open_bus(f"{mock_kafka.url}&linger.ms=200")  # so that both batches are in one request
+    mock_kafka.create_topic("events.order", 1)
     before = bus.send([message(body=b"before")])
     before.wait()
-    kafka.refuse(PRODUCE, NOT_ALLOWED)
+    mock_kafka.refuse(PRODUCE, NOT_ALLOWED)
     refused, later = bus.send([message()]), bus.send([message()])
     for _ in range(2):
         with pytest.raises(
@@ -119,18 +128,20 @@ def test_a_refused_record_fails_its_batch_and_every_later_one(kafka: MockKafka) 
     before.wait()
     bus.send([message(body=b"again")]).wait()
     bus.close()
-    found = [one.value() for one in records(kafka.servers, "events.order", 2)]
+    found = [one.value() for one in records(mock_kafka.servers, "events.order", 2)]
     assert found == [b"before", b"again"]
 
 
-def test_a_record_too_large_for_the_topic_says_what_to_raise(kafka: MockKafka, bus: Bus) -> None:
-    kafka.refuse(PRODUCE, TOO_LARGE)
+def test_a_record_too_large_for_the_topic_says_what_to_raise(
+    mock_kafka: MockKafka, mock_bus: Bus
+) -> None:
+    mock_kafka.refuse(PRODUCE, TOO_LARGE)
     with pytest.raises(BusError, match=r"raise max\.message\.bytes of the topic"):
-        bus.send([message()]).wait()
+        mock_bus.send([message()]).wait()
 
 
-def test_a_record_too_large_for_the_client_is_named(kafka: MockKafka) -> None:
-    bus = open_bus(f"{kafka.url}&message.max.bytes=10000")
+def test_a_record_too_large_for_the_client_is_named(kafka: Kafka, unique_name: str) -> None:
+    bus = open_bus(f"{kafka.url}&message.max.bytes=10000", unique_name)
     large = message(body=b"x" * 20_000)
     with pytest.raises(BusError, match=f"event {large.id}: "):
         bus.send([message(), large])
@@ -138,16 +149,21 @@ def test_a_record_too_large_for_the_client_is_named(kafka: MockKafka) -> None:
     bus.close()
 
 
-def test_a_producer_that_ended_for_good_is_made_anew(kafka: MockKafka, bus: Bus) -> None:
-    bus.send([message()]).wait()
-    kafka.refuse(PRODUCE, OUT_OF_ORDER)
+def test_a_producer_that_ended_for_good_is_made_anew(mock_kafka: MockKafka, mock_bus: Bus) -> None:
+    mock_bus.send([message()]).wait()
+    mock_kafka.refuse(PRODUCE, OUT_OF_ORDER)
     with pytest.raises(BusError):
-        bus.send([message(body=b"x") for _ in range(10)]).wait()
-    bus.send([message("stock.reserved")]).wait()
-    assert records(kafka.servers, "events.stock", 1)
+        mock_bus.send([message(body=b"x") for _ in range(10)]).wait()
+    mock_bus.send([message("stock.reserved")]).wait()
+    assert records(mock_kafka.servers, "events.stock", 1)
 
 
-def test_a_broker_that_is_away_for_a_while_loses_nothing(kafka: MockKafka, bus: Bus) -> None:
+@pytest.mark.parametrize("which", ["mock_kafka", "private_kafka"])
+def test_a_broker_that_is_away_for_a_while_loses_nothing(
+    request: pytest.FixtureRequest, which: str
+) -> None:
+    kafka: MockKafka | LocalKafka = request.getfixturevalue(which)
+    bus = open_bus(kafka.url)
     bus.send([message(body=b"0", key="k")]).wait()
     with kafka.down():
         sent = [bus.send([message(body=b"%d" % number, key="k")]) for number in range(1, 50)]
@@ -155,20 +171,40 @@ def test_a_broker_that_is_away_for_a_while_loses_nothing(kafka: MockKafka, bus: 
         confirmation.wait()
     found = [one.value() for one in records(kafka.servers, "events.order", 50)]
     assert found == [b"%d" % number for number in range(50)]
+    bus.close()
+
+
+def test_a_broker_that_forgot_its_producers_costs_one_batch_its_time(
+    private_kafka: LocalKafka,
+) -> None:
+    """To Tansu an unknown producer stays one, and the library would go on trying for ever."""
+    bus = KafkaBus(private_kafka.url, timeout=3)
+    bus.send([message(body=b"lost", key="k") for _ in range(10)]).wait()
+    private_kafka.kill()
+    private_kafka.start()
+    with pytest.raises(BusError, match="1 records not confirmed in time"):
+        bus.send([message(body=b"0", key="k")]).wait()
+    for number in range(10):
+        bus.send([message(body=b"%d" % number, key="k")]).wait()
+    found = [one.value() for one in records(private_kafka.servers, "events.order", 10)]
+    assert found == [b"%d" % number for number in range(10)]
+    bus.close()
 
 
 def test_a_broker_that_stays_away_is_said_and_what_was_queued_is_never_sent(
-    kafka: MockKafka,
+    mock_kafka: MockKafka,
 ) -> None:
-    bus = KafkaBus(kafka.url, timeout=4)
+    bus = KafkaBus(mock_kafka.url, timeout=4)
     bus.send([message(body=b"first", key="k")]).wait()
-    with kafka.down():
+    with mock_kafka.down():
         lost = bus.send([message(body=b"late", key="k")] * 100)
-        with pytest.raises(BusError, match=rf"{kafka.servers}: 100 records not confirmed in time"):
+        with pytest.raises(
+            BusError, match=rf"{mock_kafka.servers}: 100 records not confirmed in time"
+        ):
             lost.wait()
-    patient = KafkaBus(kafka.url)
+    patient = KafkaBus(mock_kafka.url)
     patient.send([message(body=b"second", key="k")]).wait()
-    assert [one.value() for one in records(kafka.servers, "events.order", 2)] == [
+    assert [one.value() for one in records(mock_kafka.servers, "events.order", 2)] == [
         b"first",
         b"second",
     ]
@@ -176,15 +212,18 @@ def test_a_broker_that_stays_away_is_said_and_what_was_queued_is_never_sent(
         one.close()
 
 
-def test_a_full_queue_is_waited_for(kafka: MockKafka) -> None:
-    url = f"{kafka.url}&queue.buffering.max.messages=100"
-    bus, hasty = KafkaBus(url), KafkaBus(url, timeout=0.5)
+def test_a_full_queue_is_waited_for(kafka: Kafka, unique_name: str) -> None:
+    bus = open_bus(f"{kafka.url}&queue.buffering.max.messages=100", unique_name)
     bus.send([message() for _ in range(1_000)]).wait()
-    assert len(records(kafka.servers, "events.order", 1_000)) == 1_000
-    with kafka.down(), pytest.raises(BusError, match="its queue stayed full"):
-        hasty.send([message() for _ in range(1_000)])
-    for one in (bus, hasty):
-        one.close()
+    assert len(records(kafka.servers, f"{unique_name}.order", 1_000)) == 1_000
+    bus.close()
+
+
+def test_a_queue_that_stays_full_is_said(mock_kafka: MockKafka) -> None:
+    bus = KafkaBus(f"{mock_kafka.url}&queue.buffering.max.messages=100", timeout=0.5)
+    with mock_kafka.down(), pytest.raises(BusError, match="its queue stayed full"):
+        bus.send([message() for _ in range(1_000)])
+    bus.close()
 
 
 def test_no_broker_at_all_is_an_error_that_names_the_place() -> None:

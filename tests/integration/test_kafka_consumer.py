@@ -1,4 +1,4 @@
-"""`outbox consume` on librdkafka's mock cluster: whatever dies or is taken away, one effect each, nothing lost."""
+"""`outbox consume` on a broker and on librdkafka's mock: whatever dies or is taken away, one effect each, no loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 import outbox
 from outbox.relay import Relay
 from tests.apps.billing import Placed, registry
+from tests.kafka_brokers import Kafka
 from tests.kafka_consumers import BillingOnKafka
 from tests.mock_kafka import PRODUCE, MockKafka
 from tests.workers import eventually
@@ -22,23 +23,15 @@ NOT_ALLOWED = 29
 
 
 @pytest.fixture
-def kafka() -> Iterator[MockKafka]:
-    cluster = MockKafka()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def billing(
-    migrated_database_url: str, kafka: MockKafka, tmp_path: Path
-) -> Iterator[BillingOnKafka]:
+def billing(migrated_database_url: str, kafka: Kafka, tmp_path: Path) -> Iterator[BillingOnKafka]:
     made = BillingOnKafka(migrated_database_url, kafka, tmp_path)
     yield made
     made.close()
 
 
+@pytest.mark.parametrize("kafka", ["mock"], indirect=True)
 def test_what_is_committed_is_handled_once_though_the_broker_refuses_and_the_consumer_dies(
-    billing: BillingOnKafka,
+    billing: BillingOnKafka, mock_kafka: MockKafka
 ) -> None:
     orders = [f"o{number:03}" for number in range(300)]
     relay = Relay(billing.engine.url, billing.bus)
@@ -47,12 +40,12 @@ def test_what_is_committed_is_handled_once_though_the_broker_refuses_and_the_con
     relaying.start()
     try:
         for start in range(0, 300, 50):
-            billing.kafka.refuse(PRODUCE, NOT_ALLOWED)
+            mock_kafka.refuse(PRODUCE, NOT_ALLOWED)
             with Session(billing.engine) as session, session.begin():
                 events = [Placed(order=order) for order in orders[start : start + 50]]
                 outbox.publish_all(session, events, source="orders", registry=registry)
         doomed.await_death()
-        with billing.kafka.down():
+        with mock_kafka.down():
             billing.consumer(ready=False)
         billing.await_effects(*orders)
     finally:
@@ -182,7 +175,7 @@ def test_the_event_in_hand_is_finished_before_a_consumer_ends(billing: BillingOn
     eventually(
         lambda: billing.rows(
             "SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction'"
-            " AND datname = current_database()"
+            " AND datname = current_database() AND query LIKE 'INSERT INTO effect%'"
         ),
         10,
         billing.logs,

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
@@ -16,9 +17,11 @@ from outbox.events import Registry
 from outbox.kafka import Consumer, ConsumerSettings
 from outbox.relay import Relay
 from saga import Participant, Reject
+from tests.kafka_brokers import LocalKafka
 from tests.mock_kafka import MockKafka
 from tests.workers import eventually
 
+TOPICS = ("events.order", "events.stock", "events.saga", "orders.events", "inventory.events")
 registry = Registry()
 
 
@@ -104,25 +107,30 @@ def running(participant: Participant, engine: Engine, url: str) -> Iterator[None
             thread.join(30)
 
 
+@pytest.fixture(params=["mock", "broker"])
+def url(request: pytest.FixtureRequest) -> str:
+    """A Kafka of the test's own, as participants have fixed names. The mock's topics are made by hand."""
+    if request.param == "mock":
+        mock: MockKafka = request.getfixturevalue("mock_kafka")
+        for topic in TOPICS:
+            mock.create_topic(topic, 4)
+        return mock.url
+    broker: LocalKafka = request.getfixturevalue("private_kafka")
+    return f"{broker.url}&session.timeout.ms=2500&heartbeat.interval.ms=500"
+
+
 def test_sagas_over_kafka_end_completed_or_undone(
-    make_migrated_database: Callable[[], str], make_engine: Callable[..., Engine]
+    url: str,
+    make_migrated_database: Callable[[], str],
+    make_engine: Callable[..., Engine],
 ) -> None:
-    kafka = MockKafka()
-    for topic in (
-        "events.order",
-        "events.stock",
-        "events.saga",
-        "orders.events",
-        "inventory.events",
-    ):
-        kafka.create_topic(topic, 4)
     engines = {one: make_engine(make_migrated_database()) for one in (orders, inventory)}
     for engine in engines.values():
         with engine.begin() as connection:
             connection.execute(text("CREATE TABLE effect (what text)"))
     with ExitStack() as stack:
         for participant, engine in engines.items():
-            stack.enter_context(running(participant, engine, kafka.url))
+            stack.enter_context(running(participant, engine, url))
         for number in range(20):
             with Session(engines[orders]) as session, session.begin():
                 orders.start(session, OrderCreated(f"o{number}", 200 if number % 2 else 50))
@@ -132,4 +140,3 @@ def test_sagas_over_kafka_end_completed_or_undone(
         )
     assert effects(engines[orders]) == expected
     assert effects(engines[inventory]) == {f"o{n} reserved" for n in range(0, 20, 2)}
-    kafka.close()

@@ -1,9 +1,7 @@
-"""Making topics: what the mock cluster cannot do is played here, and done for real where there is a broker."""
+"""Making topics, which the mock cluster cannot do: refusals are played here, and the rest is done on a broker."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +16,7 @@ from outbox.buses.kafka_settings import KafkaSettings
 from outbox.buses.kafka_topics import create_missing
 from outbox.errors import BusError
 from outbox.ids import new_id
-from tests import containers
-from tests.mock_kafka import records
+from tests.kafka_brokers import KafkaBroker, LocalKafka, records
 
 SETTINGS = KafkaSettings.of("kafka://one,two:9093/?partitions=12&replication=3")
 
@@ -75,39 +72,47 @@ def test_a_topic_that_may_not_be_made_is_named_with_the_way_out(
         create_missing(refusing, SETTINGS, ["t"], 1)
 
 
-# ---- a real broker: OUTBOX_TEST_KAFKA_URL, or an image on the Docker daemon ----
+# ---- on a broker ----
 
 
-@pytest.fixture(scope="module")
-def broker_url() -> Iterator[str]:
-    given = os.environ.get("OUTBOX_TEST_KAFKA_URL")
-    if given:
-        yield given
-        return
-    image = os.environ.get("OUTBOX_TEST_KAFKA_IMAGE")
-    reason = (
-        containers._why_no_docker()
-        if image
-        else "neither OUTBOX_TEST_KAFKA_URL nor OUTBOX_TEST_KAFKA_IMAGE is set"
-    )
-    if image is None or reason is not None:
-        pytest.skip(f"no Kafka: {reason}")
-    from testcontainers.community.kafka import KafkaContainer
-
-    with KafkaContainer(image) as container:
-        yield f"kafka://{container.get_bootstrap_server()}"
+def partitions_of(broker: KafkaBroker | LocalKafka, *topics: str) -> list[int]:
+    there = AdminClient({"bootstrap.servers": broker.servers}).list_topics(timeout=10).topics
+    return [len(there[name].partitions) for name in topics]
 
 
-def test_a_real_broker_has_the_topics_and_takes_the_largest_event(
-    broker_url: str, unique_name: str
+def test_a_broker_has_the_topics_and_takes_the_largest_event(
+    kafka_broker: KafkaBroker, unique_name: str
 ) -> None:
-    bus = KafkaBus(f"{broker_url}/?partitions=3&compression.type=none", unique_name)
-    queue = f"{unique_name}.events"
+    url = f"kafka://{kafka_broker.servers}/?partitions=3&compression.type=none"
+    bus = KafkaBus(url, unique_name)
+    queue, topic = f"{unique_name}.events", f"{unique_name}.order"
     bus.declare(Topology(queue, ("order.created",), unique_name))
-    there = AdminClient(KafkaSettings.of(broker_url).client()).list_topics(timeout=10).topics
-    assert [len(there[name].partitions) for name in (queue, f"{unique_name}.order")] == [3, 3]
+    assert partitions_of(kafka_broker, queue, topic) == [3, 3]
     largest = b'{"x":"' + b"y" * 1_048_568 + b'"}'
     bus.send([OutgoingMessage(str(new_id()), "order.created", "k", largest, 0, 1)]).wait()
-    servers = KafkaSettings.of(broker_url).servers
-    assert records(servers, f"{unique_name}.order", 1)[0].value() == largest
+    assert records(kafka_broker.servers, topic, 1)[0].value() == largest
     bus.close()
+
+
+def test_a_topic_that_came_to_be_after_the_look_is_left_as_it_is(
+    kafka_broker: KafkaBroker, unique_name: str
+) -> None:
+    saw_nothing = Cluster(set(), None)
+    for partitions in (3, 5):
+        settings = KafkaSettings.of(f"kafka://{kafka_broker.servers}/?partitions={partitions}")
+        create_missing(saw_nothing, settings, [unique_name], 10)
+    assert partitions_of(kafka_broker, unique_name) == [3]
+
+
+def test_topics_that_are_gone_are_made_again_when_they_are_declared_again(
+    private_kafka: LocalKafka, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bus = KafkaBus(f"{private_kafka.url}&session.timeout.ms=2500")  # which is for consumers only
+    topology = Topology("billing.events", ("order.created",))
+    bus.declare(topology)
+    private_kafka.kill()
+    private_kafka.start()
+    bus.declare(topology)
+    assert partitions_of(private_kafka, "billing.events", "events.order") == [4, 4]
+    bus.close()
+    assert "CONFWARN" not in capfd.readouterr().err
