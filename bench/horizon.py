@@ -21,9 +21,10 @@ from bench.publishing import FILL, conninfo
 from outbox.buses import Topology
 from outbox.buses.base import OutgoingMessage
 from outbox.partitions import SIZE, Partitions
-from outbox.reader import Cursor, LogReader, Snapshot
+from outbox.reader import Cursor, LogReader
 from outbox.relay import Relay
 from outbox.schema import upgrade_engine
+from outbox.snapshot import Snapshot
 from outbox.sql import in_schema
 
 LANES = range(16)

@@ -21,7 +21,8 @@ import psycopg
 from psycopg import errors
 
 from outbox.errors import LeaseLost
-from outbox.reader import Cursor, Snapshot
+from outbox.reader import Cursor
+from outbox.snapshot import Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 SLOTS: Final = 3

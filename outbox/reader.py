@@ -1,7 +1,7 @@
 """Reading the log: one page after another, from a cursor that nothing can stretch.
 
 A cursor is `(hi per lane, S)`: the highest position delivered of each lane, and the snapshot of the statement that
-delivered it. The invariant is
+delivered it, or any higher one that had been drawn by then, where nothing visible lies between. The invariant is
 
     delivered = { position <= hi of its lane and visible in S }
 
@@ -15,6 +15,11 @@ visible in S has an xid in neither arm. Why nobody waits: an open transaction is
 Rows of one key come in the order of their commits: a later writer of the key got its lock only after the earlier one
 had ended, so every snapshot that shows the later shows the earlier, at a lower position; and within a lane stragglers
 go before fresh rows, each by position.
+
+A page costs its rows, also where millions are still to be read: the log has a partition for each million positions, and
+the first row of each would be looked for in every lane. So while there is more than a page takes, *fresh* ends with the
+partition after that of `hi`. A lane with less to say than others goes on with them: its `hi` is raised to the highest
+of the page, as whatever is below and not visible by then is a straggler like any other.
 
 The idea of reading between two snapshots is PgQ's; it needs a ticker and bounds that one late commit can stretch. This
 form needs neither.
@@ -38,6 +43,8 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from outbox.buses.base import OutgoingMessage
+from outbox.partitions import SIZE
+from outbox.snapshot import FIRST_XID, NOTHING_SEEN, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.standing_query import StandingQuery
 
@@ -45,14 +52,14 @@ MESSAGE: Final = "e.event_id::text, e.type, e.key, e.body, e.lane, e.position, e
 """The columns of an `OutgoingMessage`, from `outbox_event AS e`."""
 
 _SNAPSHOT_LANE: Final = -100
-_FIRST_XID: Final = 3
-_MOST_LOOKED_AT: Final = 64
 
+# `ANY` of one element, as the planner takes two plain bounds of a column for a narrow range, whatever they are, and may
+# then fetch and sort all of it, up to a million rows.
 _FRESH = f"""
-SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[]) AS l (lane, hi)
+SELECT f.* FROM unnest(%(lanes)s::smallint[], %(his)s::bigint[], %(ends)s::bigint[]) AS l (lane, hi, "end")
 CROSS JOIN LATERAL (
     SELECT {MESSAGE}, NULL::text, NULL::text FROM {{schema}}.outbox_event AS e
-    WHERE e.lane = l.lane AND e.position > l.hi
+    WHERE e.lane = l.lane AND e.position > l.hi AND e.position < ANY (ARRAY[l."end"])
     ORDER BY e.position LIMIT %(rows)s
 ) AS f
 """  # noqa: S608 - constants
@@ -100,7 +107,7 @@ SELECT pg_current_xact_id()::text, set_config('synchronous_commit', 'on', true),
     pg_logical_emit_message(true, 'outbox', '')
 """
 
-_HUGE_XID: Final = 2**63 - 1
+_HUGE: Final = 2**63 - 1
 _LANE: Final = attrgetter("lane")
 _POSITION: Final = attrgetter("position")
 _message: Final = partial(tuple.__new__, OutgoingMessage)
@@ -108,44 +115,13 @@ _message: Final = partial(tuple.__new__, OutgoingMessage)
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """PostgreSQL's `pg_snapshot`: what was committed at one moment."""
-
-    text: str
-
-    @property
-    def next(self) -> int:
-        """One past the newest transaction that had ended."""
-        return int(self.text.split(":")[1])
-
-    @property
-    def running(self) -> list[str]:
-        """Transactions below `next` that had not ended."""
-        listed = self.text.split(":")[2]
-        return listed.split(",") if listed else []
-
-    def shows_more_than(self, earlier: Snapshot, own: int) -> bool:
-        """Whether a transaction other than *own* may have ended since *earlier*."""
-        if self.text == earlier.text:
-            return False
-        begun = range(earlier.next, self.next)
-        if len(begun) > _MOST_LOOKED_AT:
-            return True
-        ended = {*map(int, earlier.running), *begun} - {*map(int, self.running), own}
-        return bool(ended)
-
-
-NOTHING_SEEN: Final = Snapshot(f"{_FIRST_XID}:{_FIRST_XID}:")
-
-
-@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far some lanes have been read: the lanes that were last read by one statement."""
 
     his: Mapping[int, int]
-    """The highest position delivered, by lane."""
+    """By lane: what is visible up to this position has been delivered."""
     snapshot: Snapshot = NOTHING_SEEN
-    ceiling: int = _HUGE_XID
+    ceiling: int = _HUGE
     """An xid that no transaction had when `snapshot` was taken. It keeps the second arm short for a cursor that has
     lain in the database; for one that is milliseconds old it does nothing."""
     late: tuple[tuple[int, int], ...] = ()
@@ -155,7 +131,7 @@ class Cursor:
     @classmethod
     def at_beginning(cls, lanes: Iterable[int]) -> Cursor:
         """Before the first event."""
-        return cls(dict.fromkeys(lanes, 0), NOTHING_SEEN, _FIRST_XID)
+        return cls(dict.fromkeys(lanes, 0), NOTHING_SEEN, FIRST_XID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +163,9 @@ class LogReader:
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
         self._page = StandingQuery(connection, self._page_sql)
-        self._asked: tuple[Cursor, int] | None = None
+        self._asked: tuple[Cursor, int, Mapping[int, int]] | None = None
+        self._has_more = False
+        """Whether the last page of fresh events left some of a lane for the next one."""
         self._durable, self._flushed_by = NOTHING_SEEN, 0
         """All that is visible in the snapshot would survive a crash of the server; the transaction that saw to it."""
 
@@ -201,8 +179,8 @@ class LogReader:
             return self._late_page(cursor, rows)
         if self._asked is None or self._asked[0] is not cursor:
             self._ask(cursor, rows)
-        else:
-            _, rows = self._asked
+        assert self._asked is not None
+        _, rows, ends = self._asked
         self._asked = None
         found = self._page.rows(_message)
         lanes = list(map(_LANE, found))
@@ -222,7 +200,12 @@ class LogReader:
         fresh.sort(key=_POSITION)
         lanes = list(map(_LANE, fresh))
         his = {**cursor.his, **dict(zip(lanes, map(_POSITION, fresh), strict=True))}
-        complete = max(Counter(lanes).values(), default=0) < rows
+        counts, top = Counter(lanes), max(his.values(), default=0)
+        for lane, end in ends.items():
+            if counts[lane] < rows:
+                his[lane] = max(his[lane], min(end - 1, top))
+        self._has_more = max(counts.values(), default=0) >= rows
+        complete = not self._has_more and _HUGE in ends.values()
         late = [
             row._replace(lane=~row.lane)
             for row in others
@@ -258,16 +241,26 @@ class LogReader:
             yield
 
     def _ask(self, cursor: Cursor, rows: int) -> None:
-        self._page.ask(
-            {
-                "lanes": list(cursor.his),
-                "his": list(cursor.his.values()),
-                "rows": rows,
-                "highest": max(cursor.his.values(), default=0),
-                **self._since(cursor),
-            }
-        )
-        self._asked = cursor, rows
+        ends = self._ends(cursor)
+        self._page.ask(self._given(cursor, rows, ends))
+        self._asked = cursor, rows, ends
+
+    def _ends(self, cursor: Cursor) -> dict[int, int]:
+        """The positions at which *fresh* ends, by lane: it is below them."""
+        return {
+            lane: (hi // SIZE + 2) * SIZE if self._has_more else _HUGE
+            for lane, hi in cursor.his.items()
+        }
+
+    def _given(self, cursor: Cursor, rows: int, ends: Mapping[int, int]) -> dict[str, Any]:
+        return {
+            "lanes": list(cursor.his),
+            "his": list(cursor.his.values()),
+            "ends": list(ends.values()),
+            "rows": rows,
+            "highest": max(cursor.his.values(), default=0),
+            **self._since(cursor),
+        }
 
     def unchanged_since(self, cursor: Cursor) -> bool:
         """Whether no transaction at all has ended since *cursor* was read: then there is nothing to read."""

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from outbox.buses.base import Bus, OutgoingMessage
 from outbox.errors import BusError
 from outbox.ids import new_id
-from outbox.reader import MESSAGE, NOTHING_SEEN, Snapshot
+from outbox.reader import MESSAGE
 from outbox.roll_caller import difference
 from outbox.rolls import (
     MOST,
@@ -37,6 +37,7 @@ from outbox.rolls import (
     encode,
     records,
 )
+from outbox.snapshot import NOTHING_SEEN, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)

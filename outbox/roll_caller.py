@@ -22,8 +22,9 @@ import psycopg
 from outbox.buses.base import OutgoingMessage
 from outbox.handed_over import HandedOver, Records
 from outbox.ids import new_id
-from outbox.reader import Cursor, Snapshot
+from outbox.reader import Cursor
 from outbox.rolls import RECORD_BYTES, Entry, Roll, encode, text_of
+from outbox.snapshot import Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,10 @@ from sqlalchemy import make_url
 
 from outbox.cursors import _NEWEST, CursorStore
 from outbox.lanes import _HOLDERS, _LIVE, Leases
-from outbox.reader import Cursor, LogReader, Snapshot
+from outbox.partitions import Partitions
+from outbox.reader import Cursor, LogReader
 from outbox.roll_caller import _NAME, RollCaller, _Called, difference
+from outbox.snapshot import Snapshot
 from outbox.sql import in_schema
 from tests.databases import Databases
 
@@ -34,6 +36,7 @@ PLANS = ("force_custom_plan", "force_generic_plan")
 TYPES = {
     "lanes": "smallint[]",
     "his": "bigint[]",
+    "ends": "bigint[]",
     "rows": "bigint",
     "highest": "bigint",
     "running": "text[]",
@@ -77,16 +80,10 @@ class Log:
             cursor = page.cursor
         return page.cursor
 
-    def page(self, plan: str, cursor: Cursor | None = None) -> Plan:
-        """The plan of the reader's own statement as it was run for one page after *cursor*."""
-        reader, cursor = LogReader(self.connection), cursor or self.cursor
-        given = {
-            "lanes": list(cursor.his),
-            "his": list(cursor.his.values()),
-            "rows": 500,
-            "highest": max(cursor.his.values()),
-            **reader._since(cursor),
-        }
+    def page(self, plan: str, rows: int = 500, *, reader: LogReader | None = None) -> Plan:
+        """The plan of the reader's own statement as it was run for one page after the cursor."""
+        reader = reader or LogReader(self.connection)
+        given = reader._given(self.cursor, rows, reader._ends(self.cursor))
         return self.explain(reader._page_sql, given, plan)
 
     def explain(self, sql: str, given: dict[str, Any], plan: str) -> Plan:
@@ -176,6 +173,26 @@ def test_a_page_costs_its_rows_however_many_lie_behind_it(logs: dict[str, Log], 
         assert page.buffers < buffers_for(FRESH)
     assert page.scans == {"Index Scan"}
     assert page.thrown_away == 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_page_costs_its_rows_however_many_are_still_to_be_read(
+    databases: Databases, plan: str
+) -> None:
+    url = databases.create_migrated()
+    log = Log(url, 5)
+    partitions = Partitions(log.connection, "outbox")
+    for start in range(2_000_000, 14_000_000, 1_000_000):
+        log.connection.execute("SELECT setval('outbox.outbox_event_position', %s)", (start,))
+        partitions.maintain()
+        log.connection.execute(FILL, (10 * FRESH,))
+    reader = LogReader(log.connection)
+    log.cursor = reader.read(log.cursor, FRESH // len(LANES)).cursor
+    page = log.page(plan, FRESH // len(LANES), reader=reader)
+    assert page.rows == FRESH + 1
+    assert page.buffers < buffers_for(FRESH)
+    log.close()
+    databases.drop(url)
 
 
 @pytest.mark.parametrize("plan", PLANS)

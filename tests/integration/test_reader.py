@@ -14,7 +14,8 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, make_url
 
-from outbox.reader import Cursor, LogReader, Page, Snapshot
+from outbox.reader import Cursor, LogReader, Page
+from outbox.snapshot import Snapshot
 from tests.workers import eventually
 
 ALL_ARMS = ("fresh", "ended", "begun")
@@ -100,6 +101,32 @@ STRAGGLERS = {"ended": _one_that_was_running, "begun": _one_above_the_snapshot}
 def test_event_of_a_late_commit_is_not_skipped(connect: Connect, staged: Any) -> None:
     with staged(connect, reader(connect)) as found:
         assert found == ["late"]
+
+
+def test_event_of_a_late_commit_is_not_skipped_in_a_lane_that_goes_on_with_the_others(
+    connect: Connect,
+) -> None:
+    log, late, early = reader(connect), connect(), connect()
+    insert(late, "late", lane=3)
+    insert(early, "early", lane=0)
+    early.commit()
+    found, cursor = drain(log, Cursor.at_beginning(range(16)))
+    assert (found, len(set(cursor.his.values()))) == (["early"], 1)
+    late.commit()
+    insert(early, "next", lane=3)
+    early.commit()
+    assert drain(log, cursor)[0] == ["late", "next"]
+
+
+def test_a_lane_far_behind_the_others_is_read_to_its_end(connect: Connect) -> None:
+    log, writer = reader(connect), connect()
+    for position, lane in ((1, 0), (2, 1), (7_000_000, 1), (7_000_001, 0), (9_000_000, 0)):
+        writer.execute("SELECT setval('outbox.outbox_event_position', %s, false)", (position,))
+        insert(writer, str(position), lane)
+    writer.commit()
+    found, cursor = drain(log, Cursor.at_beginning(range(16)), rows=1)
+    assert found == ["1", "2", "7000000", "7000001", "9000000"]
+    assert set(cursor.his.values()) == {9_000_000}
 
 
 @pytest.mark.parametrize("arm", STRAGGLERS)
@@ -196,6 +223,34 @@ def test_what_is_read_will_survive_a_crash_though_no_commit_was_waited_for(
         kept = writer.execute("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", (written,))
         assert (bodies(page), kept.fetchone()) == ([str(number)], (True,))
         cursor = page.cursor
+
+
+def test_a_backlog_waits_for_the_disk_once_however_much_is_written_meanwhile(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, writer, flushes = reader(connect), connect(), 0
+    make_durable = LogReader.make_durable
+
+    def counted(self: LogReader) -> int:
+        nonlocal flushes
+        flushes += 1
+        return make_durable(self)
+
+    monkeypatch.setattr(LogReader, "make_durable", counted)
+    for number in range(5):
+        insert(writer, str(number))
+    writer.commit()
+    writer.autocommit = True
+    cursor = Cursor.at_beginning(range(16))
+    for number in range(5):
+        # As hint bits do where checksums are on.
+        writer.execute("SELECT pg_logical_emit_message(false, 'test', 'not on disk')")
+        page = log.read(cursor, 1)
+        assert (bodies(page), flushes) == ([str(number)], 1)
+        cursor = page.cursor
+    writer.execute("SET synchronous_commit = off")
+    insert(writer, "another")
+    assert (bodies(log.read(cursor, 1)), flushes) == (["another"], 2)
 
 
 class Writers:

@@ -30,9 +30,10 @@ from outbox.errors import BusError, ConfigurationError, LeaseLost, SchemaError
 from outbox.events import Registry
 from outbox.lanes import Leases
 from outbox.partitions import Partitions
-from outbox.reader import Cursor, Snapshot
+from outbox.reader import Cursor
 from outbox.relay import Relay, RelaySettings
 from outbox.rolls import Wanted, WantedEvent, is_control
+from outbox.snapshot import Snapshot
 
 registry = Registry()
 
