@@ -1,7 +1,7 @@
 """Ordered keys: a handler gets the events of one key in the order of their commits.
 
 Events of an `ordered=True` type carry a sequence without gaps per key, given in the publishing
-transaction. The row here says which number a handler takes next of a key. A delivery that comes
+transaction. A row (`outbox.places`) says which number a handler takes next of a key. A delivery that comes
 before its turn is put by as owed (reason *early*), with no attempt used up; the one whose turn it is
 moves the row on and makes the next one due.
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
 from json.encoder import encode_basestring as quoted
@@ -32,9 +31,10 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
+from outbox import places
 from outbox.envelope import decode
 from outbox.errors import MalformedMessage
-from outbox.pending import DUE_AT_ONCE
+from outbox.places import Place, Standing
 from outbox.roll_call import IS_HERE
 from outbox.sql import DEFAULT_SCHEMA
 from outbox.statements import fetch
@@ -49,16 +49,6 @@ GIVE_UP: Final = timedelta(minutes=10)
 PUT_BY: Final = timedelta(minutes=10)
 """After this an early delivery looks again by itself, whatever became of the one before it."""
 
-_FIRST_SEEN: Final = """
-INSERT INTO {schema}.inbox_order (handler, source, type, key, next_seq)
-VALUES (:handler, :source, :type, :key, CASE WHEN :seq = 1 THEN 1 END)
-ON CONFLICT DO NOTHING
-"""
-_LOCK: Final = """
-SELECT next_seq, passed, clock_timestamp() - seen_at AS age
-FROM {schema}.inbox_order
-WHERE handler = :handler AND source = :source AND type = :type AND key = :key FOR UPDATE
-"""
 _IS_ANYTHING_MISSED: Final = f"""
 SELECT EXISTS (
     SELECT 1 FROM {{schema}}.awaited AS a WHERE a.handler = :handler AND a.type = :type AND a.gone_at IS NULL
@@ -86,36 +76,6 @@ SELECT service, handler, type, key, key_seq, body FROM (
 ) AS early WHERE place = 1
 ORDER BY handler, type, key
 """
-# The usual way on, where nothing was passed over: no row for what has something to look at.
-_MOVE_ON: Final = """
-WITH moved AS (
-    UPDATE {schema}.inbox_order SET next_seq = :next
-    WHERE handler = :handler AND source = :source AND type = :type AND key = :key AND passed = '{}'
-    RETURNING true
-), released AS (
-    UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
-    WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
-        AND key_seq = :next AND EXISTS (SELECT 1 FROM moved)
-    RETURNING true
-)
-SELECT EXISTS (SELECT 1 FROM released) AS released FROM moved
-"""
-_SET: Final = """
-UPDATE {schema}.inbox_order SET next_seq = :next, passed = :passed
-WHERE handler = :handler AND source = :source AND type = :type AND key = :key
-"""
-_WAITING_FOR: Final = """
-SELECT handler, next_seq, passed FROM {schema}.inbox_order
-WHERE source = :source AND type = :type AND key = :key AND (next_seq IS NULL OR next_seq <= :seq)
-    AND (CAST(:handler AS text) IS NULL OR handler = :handler)
-ORDER BY handler FOR UPDATE
-"""
-# By whichever source: one that is not meant finds that it is not its turn, and is put by again.
-_RELEASE: Final = """
-UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
-WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early' AND key_seq = :next
-RETURNING true
-"""
 
 
 class Turn(Enum):
@@ -128,27 +88,16 @@ class Turn(Enum):
     """Its number was passed over: the handler began later, or it was skipped."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A delivery's place in the order of its key."""
-
-    service: str
-    handler: str
-    source: str
-    type: str
-    key: str
-    seq: int
-
-
 def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tuple[Turn, timedelta]:
     """Whether it is its turn, and else how long to wait. Holds the key until the transaction ends."""
-    row = _locked(session, place, schema)
-    following = row.next_seq
+    found = places.lock(session, place, schema)
+    following = found.next_seq
     if following is None:
-        if place.seq != 1 and not _has_settled(session, place, row.age, schema):
+        if place.seq != 1 and not _has_settled(session, place, found.age, schema):
             return Turn.EARLY, SETTLE
         first = _lowest_known(session, place, schema)
-        following = _set(session, place, first, row.passed, schema)
+        following = _set(session, place, found, first, found.passed, schema)
+        assert following is not None
     if place.seq == following:
         return Turn.NOW, timedelta(0)
     return (Turn.EARLY, PUT_BY) if place.seq > following else (Turn.LATE, timedelta(0))
@@ -157,11 +106,9 @@ def turn(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> tup
 def move_on(session: Session, place: Place, *, schema: str = DEFAULT_SCHEMA) -> None:
     """It is handled: the next one's turn has come."""
     # Nobody has changed the row since `turn` locked it.
-    for row in fetch(session, _MOVE_ON, {**vars(place), "next": place.seq + 1}, schema):
-        if row.released:
-            session.info[DUE_AT_ONCE] = True
-        return
-    _set(session, place, place.seq + 1, _locked(session, place, schema).passed, schema)
+    if not places.step(session, place, schema):
+        found = places.lock(session, place, schema)
+        _set(session, place, found, place.seq + 1, found.passed, schema)
 
 
 def pass_over(
@@ -183,10 +130,12 @@ def pass_over(
             "to say which key that is: those after it wait until they are discarded or redriven", seq,
         )  # fmt: skip
         return
-    of |= {"seq": seq}
-    for row in fetch(session, _WAITING_FOR, {**of, "handler": handler}, schema):
-        place = Place("", row.handler, of["source"], of["type"], of["key"], seq)
-        _set(session, place, row.next_seq, [*row.passed, seq], schema)
+    key = of["source"], of["type"], of["key"]
+    for one in places.handlers_of(session, *key, handler, schema):
+        place = Place("", one, *key, seq)
+        found = places.lock(session, place, schema)
+        if found.next_seq is None or found.next_seq <= seq:
+            _set(session, place, found, found.next_seq, [*found.passed, seq], schema)
 
 
 def pass_over_lost(
@@ -207,11 +156,11 @@ def pass_over_lost(
                 "missed: it may be one of them", place.handler, place.seq, place.type,
             )  # fmt: skip
             continue
-        order = _locked(session, place, schema)
-        if order.next_seq is None or order.next_seq >= place.seq:
+        found = places.lock(session, place, schema)
+        if found.next_seq is None or found.next_seq >= place.seq:
             continue
-        if not any(known >= order.next_seq for known in _known_before(session, place, schema)):
-            _set(session, place, place.seq, order.passed, schema)
+        if not any(known >= found.next_seq for known in _known_before(session, place, schema)):
+            _set(session, place, found, place.seq, found.passed, schema)
             released += 1
     return released
 
@@ -231,15 +180,6 @@ def _attributes(body: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return of if all(isinstance(value, str) for value in of.values()) else None
-
-
-def _locked(session: Session, place: Place, schema: str) -> Any:
-    """The row of the key, written where there is none; locked until the transaction ends."""
-    values = vars(place)
-    while not (rows := fetch(session, _LOCK, values, schema)):
-        # Waits for whoever is writing the same, and then finds it.
-        fetch(session, _FIRST_SEEN, values, schema)
-    return rows[0]
 
 
 def _has_settled(session: Session, place: Place, age: timedelta, schema: str) -> bool:
@@ -270,14 +210,16 @@ def _known_before(session: Session, place: Place, schema: str) -> list[int]:
 
 
 def _set(
-    session: Session, place: Place, following: int | None, passed: Sequence[int], schema: str
+    session: Session,
+    place: Place,
+    found: Standing,
+    following: int | None,
+    passed: Sequence[int],
+    schema: str,
 ) -> int | None:
     """Write which number comes next, none of those that were passed over, and make it due."""
     while following is not None and following in passed:
         following += 1
     left = [seq for seq in passed if following is None or seq > following]
-    values = {**vars(place), "next": following, "passed": left}
-    fetch(session, _SET, values, schema)
-    if fetch(session, _RELEASE, values, schema):
-        session.info[DUE_AT_ONCE] = True
+    places.write(session, place, found, following, left, schema)
     return following

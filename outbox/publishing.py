@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from outbox.connections import Execute, executor
 from outbox.context import current
+from outbox.counting import Counted, draw
 from outbox.doorbell import announce
 from outbox.envelope import Envelope, encode
 from outbox.errors import ConfigurationError, NotInTransaction
@@ -47,12 +48,6 @@ _INSERT_MANY = f"""
 INSERT INTO {{schema}}.outbox_event {_COLUMNS}
 SELECT * FROM unnest(%s::smallint[], %s::uuid[], %s::text[], %s::integer[], %s::text[], %s::bigint[], %s::bytea[])
 """  # noqa: S608
-# Locks the key's counter until the transaction ends, so positions of a key are drawn in the order of commits, and
-# undoes the counting with the transaction, so the sequence has no gaps.
-_COUNT = """
-INSERT INTO {schema}.outbox_key (source, type, key, seq) VALUES (%s, %s, %s, %s)
-ON CONFLICT (source, type, key) DO UPDATE SET seq = outbox_key.seq + EXCLUDED.seq RETURNING seq
-"""
 
 Event = tuple[EventType, Envelope]
 
@@ -256,16 +251,15 @@ def _row(envelope: Envelope, key_seq: int | None) -> tuple[Any, ...]:
 def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int | None]:
     """The numbers of ordered events within their keys, drawn key by key in sorted order, lest two writers deadlock."""
     places = [
-        (envelope.source, event_type.name, envelope.key)
+        Counted(envelope.source, event_type.name, envelope.key)
         if event_type.ordered and envelope.key is not None
         else None
         for event_type, envelope in events
     ]
     counts = Counter(place for place in places if place is not None)
-    following: dict[tuple[str, str, str], int] = {}
+    following: dict[Counted, int] = {}
     for counted, count in sorted(counts.items()):
-        last = execute(in_schema(_COUNT, schema), (*counted, count), True)[0][0]
-        following[counted] = last - count
+        following[counted] = draw(execute, counted, count, schema) - count
     sequences: list[int | None] = []
     for place in places:
         if place is None:

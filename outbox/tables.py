@@ -132,8 +132,20 @@ def _log(metadata: MetaData, schema: str) -> None:
         Column("source", Text, nullable=False),
         Column("type", Text, nullable=False),
         Column("key", Text, nullable=False),
-        Column("seq", BigInteger, nullable=False),
+        Column("seq", BigInteger),
         PrimaryKeyConstraint("source", "type", "key"),
+        schema=schema,
+        postgresql_with={"fillfactor": 50},
+    )
+    own_table(
+        "outbox_busy_key",
+        metadata,
+        Column("source", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("key", Text, nullable=False),
+        Column("span", BigInteger, nullable=False),
+        Column("seq", BigInteger, nullable=False),
+        PrimaryKeyConstraint("source", "type", "key", "span"),
         schema=schema,
         postgresql_with={"fillfactor": 50},
     )
@@ -345,6 +357,21 @@ def _receiving(metadata: MetaData, schema: str) -> None:
         moment("seen_at"),
         PrimaryKeyConstraint("handler", "source", "type", "key"),
         schema=schema,
+    )
+    own_table(
+        "inbox_busy_order",
+        metadata,
+        Column("handler", Text, nullable=False),
+        Column("source", Text, nullable=False),
+        Column("type", Text, nullable=False),
+        Column("key", Text, nullable=False),
+        Column("span", BigInteger, nullable=False),
+        Column("next_seq", BigInteger, nullable=False),
+        Column("passed", ARRAY(BigInteger), nullable=False, server_default=text("'{}'")),
+        moment("seen_at"),
+        PrimaryKeyConstraint("handler", "source", "type", "key", "span"),
+        schema=schema,
+        postgresql_with={"fillfactor": 50},
     )
 
 

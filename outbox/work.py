@@ -13,8 +13,9 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from outbox import ordering, pending
+from outbox import pending
 from outbox.envelope import Envelope
+from outbox.places import Place
 from outbox.service import Handler, Service
 
 LIMIT: Final = """
@@ -111,12 +112,12 @@ class Work:
         )
 
     @property
-    def place(self) -> ordering.Place | None:
+    def place(self) -> Place | None:
         """Its place in the order of its key; None where its type has no order."""
         envelope = self.envelope
         if self.key_seq is None or envelope.key is None:
             return None
-        return ordering.Place(
+        return Place(
             self.service.name, self.handler.name, envelope.source, envelope.type, envelope.key,
             self.key_seq,
         )  # fmt: skip

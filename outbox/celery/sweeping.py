@@ -12,7 +12,7 @@ from typing import Any
 from celery import bootsteps
 from sqlalchemy.exc import DBAPIError
 
-from outbox import inbox_partitions, schema
+from outbox import idle_keys, inbox_partitions, schema
 from outbox.celery.engines import ForkSafeEngine
 from outbox.celery.installation import installed
 from outbox.celery.own_queue import OwnQueue
@@ -102,4 +102,5 @@ def check_schema(engine: ForkSafeEngine, name: str) -> None:
 
 def _keep_up(engine: ForkSafeEngine, service: Service, window: timedelta) -> None:
     inbox_partitions.maintain(engine(), window=window, schema=service.schema)
+    idle_keys.forget(engine(), window=window, schema=service.schema)
     service.keep_up(engine(), window)

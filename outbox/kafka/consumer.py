@@ -20,7 +20,7 @@ from confluent_kafka import Consumer as Client
 from confluent_kafka import KafkaError, KafkaException
 from sqlalchemy import URL, Engine
 
-from outbox import inbox_partitions
+from outbox import idle_keys, inbox_partitions
 from outbox.bell import Bell
 from outbox.buses.kafka import KafkaBus
 from outbox.buses.kafka_settings import KafkaSettings
@@ -171,6 +171,7 @@ class Consumer:
     def _keep_up(self) -> None:
         window = self._receive_settings.dedupe_window
         inbox_partitions.maintain(self._engine(), window=window, schema=self._service.schema)
+        idle_keys.forget(self._engine(), window=window, schema=self._service.schema)
         self._service.keep_up(self._engine(), window)
 
     def _consume(self) -> None:

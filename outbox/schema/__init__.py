@@ -4,10 +4,10 @@
     from outbox import schema
 
     def upgrade() -> None:
-        schema.upgrade(op, to=1, from_=0)
+        schema.upgrade(op, to=2, from_=0)
 
     def downgrade() -> None:
-        schema.downgrade(op, to=0, from_=1)
+        schema.downgrade(op, to=0, from_=2)
 
 `outbox migrate` does the same without Alembic. Relays and workers call `check` when they start.
 """
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from outbox.schema import v001
+from outbox.schema import v001, v002
 from outbox.schema.component import Component, Op, Status
 
-component: Final = Component("outbox", (v001,))
+component: Final = Component("outbox", (v001, v002), oldest_usable=2)
 
 upgrade = component.upgrade
 downgrade = component.downgrade

@@ -63,7 +63,7 @@ revision = "a2"
 down_revision = "a1"
 
 def upgrade():
-    outbox.schema.upgrade(op, to=1, from_=0)
+    outbox.schema.upgrade(op, to=2, from_=0)
     saga.schema.upgrade(op, to=1, from_=0)
 
 def downgrade():

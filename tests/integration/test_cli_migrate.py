@@ -41,7 +41,7 @@ def versions(result: CompletedProcess[str]) -> dict[str, Any]:
 def test_it_makes_the_tables_of_every_installed_component(
     run_outbox: Outbox, database_url: str
 ) -> None:
-    assert versions(run_outbox("migrate", "--json")) == {"outbox": 1, "saga": 1}
+    assert versions(run_outbox("migrate", "--json")) == {"outbox": 2, "saga": 1}
     assert {"outbox_event", "inbox", "saga", "saga_step"} <= tables(database_url)
 
 
@@ -56,13 +56,13 @@ def test_the_table_for_people_names_component_and_version(run_outbox: Outbox) ->
 def test_a_second_run_does_nothing_and_says_so(run_outbox: Outbox) -> None:
     run_outbox("migrate")
     again = json.loads(run_outbox("migrate", "--json").stdout)
-    assert [(each["before"], each["version"]) for each in again] == [(1, 1), (1, 1)]
+    assert [(each["before"], each["version"]) for each in again] == [(2, 2), (1, 1)]
 
 
 def test_two_processes_at_once_both_succeed(run_outbox: Outbox) -> None:
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: run_outbox("migrate", "--json"), range(3)))
-    assert [versions(each) for each in results] == [{"outbox": 1, "saga": 1}] * 3
+    assert [versions(each) for each in results] == [{"outbox": 2, "saga": 1}] * 3
 
 
 def test_check_exits_1_until_there_is_nothing_to_do(run_outbox: Outbox, database_url: str) -> None:
@@ -130,7 +130,7 @@ def test_downgrade_with_yes_drops_everything_of_ours_and_nothing_else(
         "saga": 0,
     }
     assert tables(database_url) == {"theirs"}
-    assert versions(run_outbox("migrate", "--json")) == {"outbox": 1, "saga": 1}
+    assert versions(run_outbox("migrate", "--json")) == {"outbox": 2, "saga": 1}
 
 
 def test_sql_is_printed_without_a_database_and_makes_the_same_tables(

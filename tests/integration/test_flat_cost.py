@@ -5,7 +5,6 @@ A transaction holds the xmin horizon throughout, so that nothing that dies is cl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +22,7 @@ from outbox.roll_caller import _NAME, RollCaller, _Called, difference
 from outbox.snapshot import Snapshot
 from outbox.sql import in_schema
 from tests.databases import Databases
+from tests.plans import PLANS, Plan, explain
 
 BEHIND = 200_000
 FRESH = 160
@@ -32,7 +32,6 @@ INSERT INTO outbox.outbox_event (lane, event_id, type, version, body)
 SELECT mod(i, 16), gen_random_uuid(), 'thing.made', 1, convert_to(repeat('x', 300), 'UTF8')
 FROM generate_series(1, %s) AS i
 """
-PLANS = ("force_custom_plan", "force_generic_plan")
 TYPES = {
     "lanes": "smallint[]",
     "his": "bigint[]",
@@ -87,54 +86,7 @@ class Log:
         return self.explain(reader._page_sql, given, plan)
 
     def explain(self, sql: str, given: dict[str, Any], plan: str) -> Plan:
-        """As a prepared statement: EXPLAIN of the bare text would be planned for these values, whatever is forced."""
-        names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", sql)))
-        numbered = re.sub(r"%\((\w+)\)s", lambda found: f"${names.index(found[1]) + 1}", sql)
-        types = ", ".join(TYPES[name] for name in names)
-        head = f"({types})" if names else ""
-        with self.connection.transaction():
-            self.connection.execute(f"SET LOCAL plan_cache_mode = {plan}".encode())
-            self.connection.execute(f"PREPARE asked{head} AS {numbered}".encode())
-            values = ", ".join(f"%s::{TYPES[name]}" for name in names)
-            with psycopg.ClientCursor(self.connection) as asking:
-                asking.execute(
-                    "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE asked"
-                    + (f"({values})" if names else ""),
-                    [given[name] for name in names],
-                )
-                (told,) = asking.fetchone() or ([],)
-            self.connection.execute("DEALLOCATE asked")
-        return Plan(told[0]["Plan"])
-
-
-class Plan:
-    """A plan that was run."""
-
-    def __init__(self, root: dict[str, Any]) -> None:
-        self._root = root
-        self.buffers: int = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
-        self.rows: int = int(root["Actual Rows"])
-
-    def nodes(self, root: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        root = root or self._root
-        if root.get("Actual Loops"):
-            yield root
-            for child in root.get("Plans", ()):
-                yield from self.nodes(child)
-
-    @property
-    def thrown_away(self) -> int:
-        """Rows that were looked at and not taken."""
-        return sum(int(node.get("Rows Removed by Filter", 0)) for node in self.nodes())
-
-    @property
-    def scans(self) -> set[str]:
-        """How partitions with anything in them were gone through."""
-        return {
-            node["Node Type"]
-            for node in self.nodes()
-            if "Relation Name" in node and node["Shared Hit Blocks"] + node["Shared Read Blocks"]
-        }
+        return explain(self.connection, sql, given, TYPES, plan)
 
 
 @pytest.fixture(scope="module")

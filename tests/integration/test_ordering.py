@@ -60,7 +60,10 @@ class Bank:
                     "(at bigint GENERATED ALWAYS AS IDENTITY, account text, amount int)"
                 )
             )
-            kept = "pending_delivery, dead_letter, quarantine, inbox_order, outbox_key, awaited"
+            kept = (
+                "pending_delivery, dead_letter, quarantine, inbox_order, inbox_busy_order, outbox_key, "
+                "outbox_busy_key, awaited"
+            )
             tables = ", ".join(f"outbox.{name}" for name in kept.split(", "))
             connection.execute(text(f"TRUNCATE booking, {tables}"))
             top = connection.execute(text("SELECT max(position) FROM outbox.outbox_event"))

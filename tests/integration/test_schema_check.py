@@ -32,7 +32,7 @@ def test_a_role_that_may_not_create_schemas_can_migrate_into_one_made_for_it(
     try:
         with _as_role(engine, unique_name) as connection, connection.begin():
             outbox.schema.upgrade(operations(connection))
-            assert outbox.schema.status(connection).version == 1
+            assert outbox.schema.status(connection).version == outbox.schema.component.latest
     finally:
         _drop_role(engine, unique_name)
 
@@ -89,7 +89,7 @@ def test_status_tells_who_applied_the_newest_step_and_when(engine: Engine) -> No
         status = outbox.schema.status(connection)
         assert status.package_version
         assert status.applied_at == connection.scalar(
-            text("SELECT applied_at FROM outbox.schema_version")
+            text("SELECT max(applied_at) FROM outbox.schema_version")
         )
 
 
@@ -117,8 +117,8 @@ def test_offline_sql_needs_to_be_told_where_it_starts() -> None:
 
 
 def test_a_version_that_does_not_exist_is_refused(engine: Engine) -> None:
-    with pytest.raises(ConfigurationError, match="this release knows 0 to 1"):
-        outbox.schema.upgrade_engine(engine, to=2)
+    with pytest.raises(ConfigurationError, match="this release knows 0 to 2"):
+        outbox.schema.upgrade_engine(engine, to=3)
 
 
 def test_the_schema_functions_do_not_import_alembic_until_they_run() -> None:

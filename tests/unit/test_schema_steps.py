@@ -30,7 +30,8 @@ def test_nothing_in_a_step_is_taken_for_a_parameter(statement: str) -> None:
 
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_every_table_in_a_step_is_named_with_its_schema(statement: str) -> None:
-    named = re.findall(r"\b(?:TABLE|REFERENCES|ON|OF|SEQUENCE|INTO)\s+(\S+)", statement)
+    before = "TABLE|REFERENCES|ON|OF|SEQUENCE|INSERT INTO|UPDATE|FUNCTION"
+    named = re.findall(rf"\b(?:{before})\s+(\S+)", statement)
     qualified = [name for name in named if name.startswith("{schema}.")]
     others = [name for name in named if name not in qualified and name not in {"DELETE"}]
     assert qualified
