@@ -273,6 +273,21 @@ def test_a_writer_whose_snapshot_is_older_than_the_newest_number_is_refused(
         draw(executor(old), KEY, 1, "outbox")
 
 
+def test_serializable_writers_of_different_busy_keys_leave_each_other_alone(
+    connect: Callable[[], psycopg.Connection[Any]],
+) -> None:
+    one, other = connect(), connect()
+    for connection, key in ((one, KEY), (other, KEY._replace(key="another"))):
+        count_up_to(connection, SPAN, key)
+    with psycopg.connect(one.info.dsn, autocommit=True) as maintenance:
+        maintenance.execute("VACUUM ANALYZE outbox.outbox_busy_key")  # now it is known to be tiny
+    for connection, key in ((one, KEY), (other, KEY._replace(key="another"))):
+        connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+        draw(executor(connection), key, 1, "outbox")
+    one.commit()
+    other.commit()
+
+
 def test_a_key_that_moves_in_what_is_rolled_back_goes_on_where_it_was(
     connect: Callable[[], psycopg.Connection[Any]],
 ) -> None:
@@ -314,6 +329,15 @@ def test_a_counter_that_was_deleted_is_said_and_not_begun_again(
     connection.execute("TRUNCATE outbox.outbox_busy_key")
     with pytest.raises(SchemaError, match="'hot'"):
         draw(executor(connection), KEY, 1, "outbox")
+
+
+def test_the_database_has_the_spans_of_this_release(migrated_engine: Engine) -> None:
+    """A span that went down would take the newest row out of sight."""
+    with migrated_engine.connect() as connection:
+        defined = connection.scalar(
+            text("SELECT pg_get_functiondef('outbox.count_busy_key'::regproc)")
+        )
+    assert f"span = (k.seq + events) / {SPAN}\n" in defined
 
 
 def test_keys_that_were_used_lately_are_remembered() -> None:
