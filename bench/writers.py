@@ -91,7 +91,7 @@ class Writer:
 def _made_by_hand(event: str) -> tuple[UUID, bytes]:
     event_id = uuid4()
     if event == BY_HAND:
-        return event_id, b"x" * 300
+        return event_id, b"x" * 384
     said = {
         "specversion": "1.0", "id": str(event_id), "source": "order", "type": "order.created",
         "time": datetime.now(UTC).isoformat(), "partitionkey": "1", "data": asdict(OrderCreated(1)),
