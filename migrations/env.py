@@ -15,8 +15,8 @@ from sqlalchemy import Connection, create_engine, make_url, pool, text
 
 import outbox.tables
 import saga.tables
+from outbox.columns import PgSnapshot, Xid8
 from outbox.sql import DEFAULT_SCHEMA, in_schema
-from outbox.tables import PgSnapshot, Xid8
 
 arguments = context.get_x_argument(as_dictionary=True)
 url = arguments.get("url") or os.environ.get("OUTBOX_DATABASE_URL")

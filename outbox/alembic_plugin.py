@@ -73,7 +73,7 @@ def _recognise_our_types(
     """Spare the user SQLAlchemy's warnings about types that it does not know."""
     from alembic.util import PriorityDispatchResult
 
-    from outbox.tables import PgSnapshot, Xid8
+    from outbox.columns import PgSnapshot, Xid8
 
     assert context.connection is not None
     dialect: Any = context.connection.dialect

@@ -52,3 +52,8 @@ class BusError(OutboxError):
 
 class LeaseLost(OutboxError):
     """Another relay owns the lane now. Nothing to do: what was sent twice is dropped by the inbox."""
+
+
+def told(error: BaseException) -> str:
+    """What a library's *error* says; its kind, where it says nothing."""
+    return str(error).strip() or type(error).__name__

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import psycopg
 
+from outbox.errors import told
 from outbox.lanes import BEAT_EVERY, Leases
 from outbox.pipeline import RelayStats
 
@@ -87,7 +88,7 @@ class LeaseKeeper:
                     self._keep(Leases(connection, self._schema, self._time_to_live))
             except psycopg.Error as error:
                 self._leases = None
-                log.warning("leases: %s", str(error).strip() or type(error).__name__)
+                log.warning("leases: %s", told(error))
                 self._stopping.wait(0.5)
             except Exception:
                 # A relay without this thread would hold no lane and say nothing.

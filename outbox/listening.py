@@ -18,6 +18,7 @@ import psycopg
 
 from outbox.bell import Bell
 from outbox.doorbell import channel
+from outbox.errors import told
 from outbox.pooler import is_pooled
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ def _listen_until(ended: Bell, connect: Connect, schema: str, bell: Bell) -> Non
                 _pass_on(connection, bell, ended)
                 return
         except psycopg.Error as error:
-            told = str(error).strip() or type(error).__name__
-            (log.debug if rest else log.warning)("listening: %s", told)
+            (log.debug if rest else log.warning)("listening: %s", told(error))
         except Exception:
             log.exception("listening: unexpected; beginning again")
         rest = min(max(rest * 2, 0.1), _LONGEST_REST)

@@ -26,7 +26,7 @@ from outbox.bell import Bell
 from outbox.buses.base import Bus
 from outbox.cluster import check_cluster
 from outbox.cursors import CursorStore
-from outbox.errors import BusError, ConfigurationError, SchemaError
+from outbox.errors import BusError, ConfigurationError, SchemaError, told
 from outbox.lanes import TIME_TO_LIVE
 from outbox.lease_keeper import LeaseKeeper
 from outbox.listening import listening
@@ -142,9 +142,7 @@ class Relay:
                 except ConfigurationError:
                     raise
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    log.warning(
-                        "database: %s; connecting again", str(error).strip() or type(error).__name__
-                    )
+                    log.warning("database: %s; connecting again", told(error))
                 except Exception:
                     log.exception("unexpected; beginning again with new connections")
                     self._bus.close()

@@ -286,7 +286,8 @@ class RollCaller:
 
     def _message(self, type: str, entries: Sequence[Entry], packed: bytes) -> OutgoingMessage:
         assert self._log is not None
-        roll = Roll(
+        # Not looked through as one that has come in: its records alone may be 64 kB.
+        roll = Roll.model_construct(
             log=self._log, type=type, ask=self._ask, entries=tuple(entries), records=text_of(packed)
         )
         return OutgoingMessage(str(new_id()), type, None, encode(roll), entries[0].lane, 0)

@@ -21,8 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import SchemaItem
 
+from outbox.columns import moment, own_table
 from outbox.sql import DEFAULT_SCHEMA, checked_identifier
-from outbox.tables import moment, own_table
 
 
 def make_tables(schema: str = DEFAULT_SCHEMA, metadata: MetaData | None = None) -> MetaData:

@@ -26,7 +26,7 @@ from outbox.buses.rabbitmq_link import Link, abandon, connect
 from outbox.buses.topology import DEFAULT_EXCHANGE, Topology, queue_arguments
 from outbox.buses.unrouted import Unrouted
 from outbox.buses.urls import BrokerURL, read_url, split_urls
-from outbox.errors import BusError, ConfigurationError
+from outbox.errors import BusError, ConfigurationError, told
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class RabbitMQBus:
             ) from error
         except Exception as error:
             raise BusError(
-                f"could not declare queue {topology.queue!r} on RabbitMQ: {_told(error)}"
+                f"could not declare queue {topology.queue!r} on RabbitMQ: {told(error)}"
             ) from error
         finally:
             abandon(connection)
@@ -191,7 +191,7 @@ class RabbitMQBus:
             except ConfigurationError:
                 raise
             except Exception as error:
-                refusals.append(f"{self._urls[0].place}: {_told(error)}")
+                refusals.append(f"{self._urls[0].place}: {told(error)}")
                 self._urls.append(self._urls.pop(0))
             else:
                 if refusals:
@@ -205,7 +205,7 @@ class RabbitMQBus:
         if link is self._link:
             self._link = None
         link.drop()
-        return BusError(f"RabbitMQ at {link.place}: {what}: {_told(error)}")
+        return BusError(f"RabbitMQ at {link.place}: {what}: {told(error)}")
 
     def _note_returned(self, link: Link) -> None:
         for event_type, count in link.returned.items():
@@ -218,7 +218,3 @@ def _amqp_url(text: str) -> BrokerURL:
     if url.scheme not in _SCHEMES:
         raise ConfigurationError(f"{url.scheme}:// stands among RabbitMQ's URLs")
     return url
-
-
-def _told(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__

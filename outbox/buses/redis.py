@@ -27,7 +27,7 @@ from outbox.buses.redis_wire import EntryEncoder, command, push
 from outbox.buses.topology import DEFAULT_EXCHANGE, Topology
 from outbox.buses.unrouted import Unrouted
 from outbox.buses.urls import BrokerURL, read_url, split_urls
-from outbox.errors import BusError, ConfigurationError
+from outbox.errors import BusError, ConfigurationError, told
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class RedisBus:
                 pipeline.execute()
         except redis.RedisError as error:
             raise BusError(
-                f"could not declare queue {topology.queue!r} on Redis: {_told(error)}"
+                f"could not declare queue {topology.queue!r} on Redis: {told(error)}"
             ) from error
         self._read_at = float("-inf")
 
@@ -186,7 +186,7 @@ class RedisBus:
                 self._link = _Link(self._connection_class(**self._parameters))
             except (redis.RedisError, OSError) as error:
                 raise BusError(
-                    f"Redis at {self._url.place} could not be reached: {_told(error)}"
+                    f"Redis at {self._url.place} could not be reached: {told(error)}"
                 ) from error
         return self._link
 
@@ -198,7 +198,7 @@ class RedisBus:
 
     def _failed(self, link: _Link, what: str, error: Exception) -> BusError:
         self._forget(link)
-        return BusError(f"Redis at {self._url.place}: {what}: {_told(error)}")
+        return BusError(f"Redis at {self._url.place}: {what}: {told(error)}")
 
     def _forget(self, link: _Link) -> None:
         if link is self._link:
@@ -283,7 +283,3 @@ def _connection_parameters(url: BrokerURL, timeout: float) -> tuple[Any, dict[st
     parameters |= {name: url.query[name] for name in _TLS_OPTIONS if name in url.query}
     parameters |= {"ssl_cert_reqs": verify, "ssl_check_hostname": by_name and verify == "required"}
     return redis.SSLConnection, parameters
-
-
-def _told(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from outbox.doctor.finding import Answer, Check, Finding, Level, fail, ok, run, warn
 from outbox.doctor.kafka import examine_kafka
+from outbox.errors import told
 
 Arguments = Mapping[str, Any]
 Queues = Mapping[str, Arguments | None]
@@ -48,8 +49,9 @@ def examine_broker(
 
 
 def _unreachable(error: Exception) -> Finding:
-    reason = str(error).strip() or type(error).__name__
-    return Finding("broker reachable", Level.FAIL, reason, "check the URL, the network, the user")
+    return Finding(
+        "broker reachable", Level.FAIL, told(error), "check the URL, the network, the user"
+    )
 
 
 # --- RabbitMQ -------------------------------------------------------------------------------
