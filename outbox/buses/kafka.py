@@ -200,19 +200,22 @@ class _Producer:
         if self._why:
             raise self.error
         deadline = time.monotonic() + timeout
-        produce = self._produce
-        for topic, body, key, headers in records:
-            while True:
-                try:
-                    produce(topic, body, key, headers=headers)
-                    break
-                except BufferError:
-                    self._make_room(deadline)
-                except KafkaException as error:
-                    _, event_id = headers[ID_PLACE]
-                    self.failed(error.args[0], topic, f"event {event_id}: ")
-                    raise self.error from error
-            self.produced += 1
+        produce, produced = self._produce, 0
+        try:
+            for topic, body, key, headers in records:
+                while True:
+                    try:
+                        produce(topic, body, key, headers=headers)
+                        break
+                    except BufferError:
+                        self._make_room(deadline)
+                    except KafkaException as error:
+                        _, event_id = headers[ID_PLACE]
+                        self.failed(error.args[0], topic, f"event {event_id}: ")
+                        raise self.error from error
+                produced += 1
+        finally:
+            self.produced += produced
 
     def _make_room(self, deadline: float) -> None:
         if time.monotonic() > deadline:

@@ -40,19 +40,15 @@ class RecordEncoder:
 
         The key is the event's, without one its id, so that copies of it meet in one partition.
         """
+        known = self._of_type
         for id, type, key, body, _, _, key_seq, queue, handler in batch:
-            headers = [*self._known(type), (ID_HEADER, id)]
+            if type not in known:
+                known[type] = [("content-type", CONTENT_TYPE), (TYPE_HEADER, type)]
+            headers = [*known[type], (ID_HEADER, id)]
             if handler is not None or key_seq is not None:
                 keywords = json.dumps(keywords_of(handler, key_seq))
                 headers.append((KEYWORDS_HEADER, keywords))
             yield topics[type, queue], body, id if key is None else key, headers
-
-    def _known(self, event_type: str) -> Headers:
-        known = self._of_type.get(event_type)
-        if known is None:
-            known = [("content-type", CONTENT_TYPE), (TYPE_HEADER, event_type)]
-            self._of_type[event_type] = known
-        return known
 
 
 def header_texts(headers: Iterable[tuple[str, Any]] | None) -> dict[str, str]:
