@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from hashlib import sha1
 from queue import Empty
 from typing import Any, Final
 
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from outbox.celery.redis import readable
 
@@ -56,6 +57,7 @@ for number = 1, tonumber(ARGV[1]) do
 end
 return taken
 """
+_TAKE_SHA: Final = sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
 
 
 def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
@@ -79,7 +81,6 @@ def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
                 VirtualQoS.ack(self, tag)
 
     class Channel(channel):  # type: ignore[misc]
-        _script: Any = None
         _can_script = True
         _can_wait = True
         _waits = False
@@ -152,14 +153,24 @@ def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
 
         def _moved(self, count: int) -> list[bytes]:
             keys = [self._q_for_pri(queue, 0), self.unacked_key, self.unacked_index_key]
-            if (
-                self._script is None
-                or self._script.registered_client.connection_pool is not self.pool
-            ):
-                # A client is kept for it: to make one takes longer than to ask.
-                self._script = self._create_client().register_script(_TAKE)
-            moved: list[bytes] = self._script(keys=keys, args=[count, time.time()])
+            given = (len(keys), *keys, count, time.time())
+            moved: list[bytes]
+            try:
+                try:
+                    moved = self._answer_to("EVALSHA", _TAKE_SHA, *given)
+                except NoScriptError:
+                    moved = self._answer_to("EVAL", _TAKE, *given)
+            except self.connection_errors:
+                self.client.connection.disconnect()
+                raise
             return moved
+
+        def _answer_to(self, *command: Any) -> Any:
+            """On the connection that waited for the first message, which is idle now: another one would have to be
+            taken out of a pool and looked at, which takes as long again as the script."""
+            connection = self.client.connection
+            connection.send_command(*command)
+            return connection.read_response()
 
         def _take_unreadable(self) -> None:
             """Pop what no script can read; another worker may have had it meanwhile."""
