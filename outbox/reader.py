@@ -163,6 +163,7 @@ class LogReader:
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
         self._page = StandingQuery(connection, self._page_sql)
+        self._now = StandingQuery(connection, _ANY_SNAPSHOT)
         self._asked: tuple[Cursor, int, Mapping[int, int]] | None = None
         self._has_more = False
         """Whether the last page of fresh events left some of a lane for the next one."""
@@ -265,7 +266,9 @@ class LogReader:
     def unchanged_since(self, cursor: Cursor) -> bool:
         """Whether no transaction at all has ended since *cursor* was read: then there is nothing to read."""
         self._page.settle()
-        return bool(self._rows(_ANY_SNAPSHOT)[0][0] == cursor.snapshot.text)
+        self._now.ask({})
+        ((now,),) = self._now.rows(tuple)
+        return bool(now == cursor.snapshot.text)
 
     def _with_late(self, cursor: Cursor, until: Snapshot) -> Cursor:
         """A huge transaction has committed late: note its positions, to deliver them page by page."""
