@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
@@ -25,7 +26,7 @@ from outbox.inbox import Arrival
 from outbox.ordering import Turn
 from outbox.pending import Noted
 from outbox.service import Delivery
-from outbox.statements import fetch
+from outbox.statements import begin_with, fetch
 from outbox.transactions import NotBegun
 from outbox.transient import is_lock_timeout, is_transient
 from outbox.work import LIMIT, Busy, Outcome, Work
@@ -39,6 +40,24 @@ _OPEN = f"""{LIMIT.rstrip()},
     EXISTS (SELECT 1 FROM {{schema}}.dead_letter
      WHERE handler = :handler AND event_id = :event_id) AS parked
 """  # noqa: S608 - only of constants
+# What a delivery begins with, after the limits and in one message with them: the row in the inbox, unless its standing
+# forbids that. One statement has one snapshot; what changes while it waits for the key, it does not see, as two would
+# not, of which the second waits: the inbox row then says what has become of the delivery.
+_ENTER = """
+WITH standing AS MATERIALIZED (
+    SELECT (SELECT attempts FROM {schema}.pending_delivery
+            WHERE handler = :handler AND event_id = :event_id) AS owed,
+        EXISTS (SELECT 1 FROM {schema}.dead_letter
+            WHERE handler = :handler AND event_id = :event_id) AS parked
+), entered AS (
+    INSERT INTO {schema}.inbox (event_id, handler, digest)
+    SELECT CAST(:event_id AS uuid), CAST(:handler AS text), CAST(:digest AS bytea) FROM standing
+    WHERE CASE WHEN CAST(:noted AS boolean) THEN CAST(:acted AS boolean) OR owed IS NOT NULL
+        ELSE owed IS NULL AND NOT parked END
+    ON CONFLICT DO NOTHING RETURNING event_id
+)
+SELECT owed, parked, EXISTS (SELECT 1 FROM entered) AS entered FROM standing
+"""
 
 
 def note(session: Session, work: Work) -> Noted | Outcome:
@@ -103,16 +122,11 @@ def deliver(
     `Busy`.
     """
     try:
-        standing = _open(session, work)
-        if noted and standing.owed is None and result is None:
-            return Outcome.STALE
-        if not noted and standing.parked:
-            return Outcome.PARKED
-        if not noted and standing.owed is not None:
-            return Outcome.OWED
-        arrival = _enter(session, work)
+        arrival = _begin(session, work, noted=noted, acted=result is not None)
     except DBAPIError as error:
         raise NotBegun(str(error)) from error
+    if isinstance(arrival, Outcome):
+        return arrival
     if arrival is not Arrival.FIRST and result is None:
         return _settle_repeated(session, work, arrival)
     when, wait = _turn(session, work)
@@ -207,27 +221,55 @@ def _open(session: Session, work: Work) -> _Standing:
     return _Standing(owed=row.owed, parked=row.parked)
 
 
+def _begin(session: Session, work: Work, *, noted: bool, acted: bool) -> Arrival | Outcome:
+    """Enter the delivery, unless its standing says how it ends: one round trip, BEGIN and all.
+
+    *noted*: its attempt was, and the note must still be there; unless it has *acted* outside.
+    """
+    values = {
+        "handler": work.handler.name,
+        "event_id": work.envelope.id,
+        "digest": work.envelope.digest,
+        "noted": noted,
+        "acted": acted,
+    }
+    first = [(LIMIT, work.limits.parameters), (_ENTER, values)]
+    with _busy_if_locked(f"{work} is being handled by another worker"):
+        ((owed, parked, entered),) = begin_with(session, first, work.schema)
+    if entered:
+        return Arrival.FIRST
+    if noted and owed is None and not acted:
+        return Outcome.STALE
+    if not noted and parked:
+        return Outcome.PARKED
+    if not noted and owed is not None:
+        return Outcome.OWED
+    return _enter(session, work)
+
+
 def _enter(session: Session, work: Work) -> Arrival:
-    try:
+    with _busy_if_locked(f"{work} is being handled by another worker"):
         return inbox.first_delivery(
             session, work.envelope.id, work.handler.name, work.envelope.digest, schema=work.schema
         )
+
+
+@contextmanager
+def _busy_if_locked(told: str) -> Iterator[None]:
+    try:
+        yield
     except DBAPIError as error:
         if is_lock_timeout(error):
             # Without the cause, which would make it look like something to try again at once.
-            raise Busy(f"{work} is being handled by another worker") from None
+            raise Busy(told) from None
         raise
 
 
 def _turn(session: Session, work: Work) -> tuple[Turn, timedelta]:
     if work.place is None:
         return Turn.NOW, timedelta(0)
-    try:
+    with _busy_if_locked(f"another event of the key of {work} is being handled"):
         return ordering.turn(session, work.place, schema=work.schema)
-    except DBAPIError as error:
-        if is_lock_timeout(error):
-            raise Busy(f"another event of the key of {work} is being handled") from None
-        raise
 
 
 def _put_by(session: Session, work: Work, attempt: int, wait: timedelta) -> Outcome:

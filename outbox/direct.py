@@ -5,6 +5,10 @@ given as libpq takes them, and waiting is psycopg's own: it can be interrupted, 
 Wherever a cursor would do something else, in an idle or failed transaction, in pipeline mode, with another encoding,
 the caller is told to use one.
 
+The first statements of a transaction go out in one message with its BEGIN (libpq's pipeline mode): one round trip for
+all of them, where a cursor makes one for each. Each begins when the one before it has ended, and none after one that
+has failed.
+
 Statements are prepared when a cursor would do it: psycopg's own account of what is prepared on a connection is asked
 and told. So `prepare_threshold` holds here too, which is None behind poolers, and what psycopg or the
 caller throws away (`DEALLOCATE ALL` after a rollback, `DISCARD ALL`) is prepared anew. The account is none of psycopg's
@@ -13,18 +17,19 @@ public names: where a release has another one, nothing is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any, Final
 from uuid import UUID
 
 import psycopg
 from psycopg import generators
+from psycopg.abc import PQGen
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
-from psycopg.pq.abc import PGresult
+from psycopg.pq.abc import PGconn, PGresult
 
 try:
     from psycopg._preparing import Prepare, PrepareManager
@@ -48,11 +53,14 @@ else:
 
 _TEXT, _BINARY = 0, 1
 _UTF8: Final = b"UTF8"
-_COMMAND_OK, _INTRANS, _NO_PIPELINE = (
+_COMMAND_OK, _INTRANS, _IDLE, _NO_PIPELINE = (
     ExecStatus.COMMAND_OK,
     TransactionStatus.INTRANS,
+    TransactionStatus.IDLE,
     PipelineStatus.OFF,
 )
+_DONE: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
+_BEGIN: Final = b"BEGIN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,106 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
 
     False, with nothing done, if a parameter is no scalar. Raises what a cursor raises.
     """
+    given = _as_libpq_takes_them(params)
+    if given is None:
+        return False
+    values, formats = given
+    statement = _statement(sql)
+    with connection.lock:
+        account = _account(connection)
+        if account is None:
+            connection.pgconn.send_query_params(statement.query, values, None, formats)
+            results_of(connection)
+        else:
+            _execute(connection, account, statement, values, formats)
+    return True
+
+
+def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
+    """Whether `begin_directly` would do on *connection* now what a cursor's first statements do."""
+    pgconn = connection.pgconn
+    return (
+        pgconn.transaction_status == _IDLE
+        and pgconn.pipeline_status == _NO_PIPELINE
+        and not connection.autocommit
+        # Else its BEGIN says more:
+        and connection.isolation_level is None
+        and connection.read_only is None
+        and connection.deferrable is None
+        and pgconn.parameter_status(b"client_encoding") == _UTF8
+    )
+
+
+def begin_directly(
+    connection: psycopg.Connection[Any], statements: Sequence[tuple[Statement, Sequence[Any]]]
+) -> PGresult | None:
+    """BEGIN and *statements*, each with its scalars, in one message; the result of the last one.
+
+    None, with nothing done, if a parameter is no scalar. Raises what a cursor raises for the first that fails. Whatever
+    else is raised, by a signal for instance, leaves a connection that says it is active, and is of no more use.
+    """
+    given = [_as_libpq_takes_them(params) for _, params in statements]
+    pgconn = connection.pgconn
+    with connection.lock:
+        account = _account(connection)
+        commands: list[Callable[[], None]] = [partial(pgconn.send_query_params, _BEGIN, None)]
+        prepared: list[tuple[int, Any]] = []
+        for (statement, _), one in zip(statements, given, strict=True):
+            if one is None:
+                return None
+            values, formats = one
+            prepare, name = (None, b"") if account is None else account.get(statement)
+            if prepare is not None and prepare is Prepare.SHOULD:
+                commands.append(partial(pgconn.send_prepare, name, statement.query))
+            if name:
+                commands.append(partial(pgconn.send_query_prepared, name, values, formats))
+            else:
+                commands.append(
+                    partial(pgconn.send_query_params, statement.query, values, None, formats)
+                )
+            prepared.append((len(commands) - 1, (statement, prepare, name)))
+        results = _in_one_message(connection, commands)
+        # Of those that failed, or came after one that did, nothing is noted.
+        for place, (statement, prepare, name) in prepared if account is not None else ():
+            if results[place].status in _DONE:
+                key = account.maybe_add_to_cache(statement, prepare, name)
+                if key is not None:
+                    account.validate(key, prepare, name, [results[place]])
+        for result in results:
+            if result.status not in _DONE:
+                raise error_from_result(result, encoding="utf-8")
+        if account is not None:
+            connection.wait(account.maintain_gen(connection))
+    return results[-1]
+
+
+def _in_one_message(
+    connection: psycopg.Connection[Any], commands: Sequence[Callable[[], None]]
+) -> list[PGresult]:
+    pgconn = connection.pgconn
+    pgconn.enter_pipeline_mode()
+    for command in commands:
+        command()
+    pgconn.pipeline_sync()
+    results = connection.wait(_results_until_sync(pgconn))
+    pgconn.exit_pipeline_mode()
+    return results
+
+
+def _results_until_sync(pgconn: PGconn) -> PQGen[list[PGresult]]:
+    yield from generators.send(pgconn)
+    results: list[PGresult] = []
+    while True:
+        found = yield from generators.fetch_many(pgconn)
+        if found and found[-1].status == ExecStatus.PIPELINE_SYNC:
+            return results
+        results += found
+
+
+def _as_libpq_takes_them(
+    params: Sequence[Any],
+) -> tuple[list[bytes | None], list[int]] | None:
+    """Values and their formats; None if one is no scalar."""
     values: list[bytes | None] = []
     formats: list[int] = []
     for param in params:
@@ -89,22 +197,16 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
             values.append(param.encode())
         elif kind is int:
             values.append(b"%d" % param)
+        elif kind is bool:
+            values.append(b"t" if param else b"f")
         elif kind is bytes or kind is UUID:
             values.append(param if kind is bytes else param.bytes)
             formats.append(_BINARY)
             continue
         else:
-            return False
+            return None
         formats.append(_TEXT)
-    statement = _statement(sql)
-    with connection.lock:
-        account = _account(connection)
-        if account is None:
-            connection.pgconn.send_query_params(statement.query, values, None, formats)
-            results_of(connection)
-        else:
-            _execute(connection, account, statement, values, formats)
-    return True
+    return values, formats
 
 
 def _account(connection: psycopg.Connection[Any]) -> Any:

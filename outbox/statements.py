@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
 
 import psycopg
+from psycopg.adapt import Transformer
 from psycopg.rows import namedtuple_row
 from sqlalchemy import TextClause, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from outbox.direct import Statement, begin_directly, can_begin_directly
 from outbox.sql import in_schema
 
 _PARAMETER: Final = re.compile(r"(?<![:\w]):(\w+)")
@@ -35,18 +38,58 @@ def fetch(session: Session, template: str, values: Mapping[str, Any], schema: st
         result = session.execute(statement(template, schema), values)
         return result.all() if result.returns_rows else ()  # type: ignore[attr-defined]
     sql = _for_psycopg(template, schema)
-    with driver.cursor(row_factory=namedtuple_row) as cursor:
-        try:
-            cursor.execute(sql, values)
-            return cursor.fetchall() if cursor.description else ()
-        except psycopg.Error as error:
-            raise DBAPIError.instance(sql.decode(), dict(values), error, psycopg.Error) from error
+    with driver.cursor(row_factory=namedtuple_row) as cursor, _errors_of_the_session(sql, values):
+        cursor.execute(sql, values)
+        return cursor.fetchall() if cursor.description else ()
+
+
+def begin_with(
+    session: Session, statements: Sequence[tuple[str, Mapping[str, Any]]], schema: str
+) -> Sequence[tuple[Any, ...]]:
+    """The rows of the last of *statements*, templates with their values, that *session*'s transaction begins with.
+
+    Does what `fetch` does with one after the other, in a single round trip, BEGIN and all, where the driver is psycopg
+    and nothing has run in the transaction yet. Raises the same errors.
+    """
+    driver = session.connection().connection.driver_connection
+    if isinstance(driver, psycopg.Connection) and can_begin_directly(driver):
+        given = []
+        for template, values in statements:
+            direct, names = _for_libpq(template, schema)
+            given.append((direct, [values[name] for name in names]))
+        with _errors_of_the_session(given[-1][0].query, statements[-1][1]):
+            result = begin_directly(driver, given)
+        if result is not None:
+            loading = Transformer.from_context(driver)
+            loading.set_pgresult(result)
+            return loading.load_rows(0, result.ntuples, tuple)
+    rows: Sequence[Any] = ()
+    for template, values in statements:
+        rows = fetch(session, template, values, schema)
+    return rows
+
+
+@contextmanager
+def _errors_of_the_session(sql: bytes, values: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DBAPIError.instance(sql.decode(), dict(values), error, psycopg.Error) from error
 
 
 @lru_cache(maxsize=512)
 def _for_psycopg(template: str, schema: str) -> bytes:
     sql = in_schema(template, schema).replace("%", "%%")
     return _PARAMETER.sub(r"%(\1)s", sql).encode()
+
+
+@lru_cache(maxsize=512)
+def _for_libpq(template: str, schema: str) -> tuple[Statement, Sequence[str]]:
+    """The statement, and the names of its parameters in their order."""
+    sql = in_schema(template, schema)
+    names = tuple(dict.fromkeys(_PARAMETER.findall(sql)))
+    number = {name: f"${place}" for place, name in enumerate(names, 1)}
+    return Statement(_PARAMETER.sub(lambda found: number[found[1]], sql).encode()), names
 
 
 def storable(value: str, limit: int) -> str:

@@ -1,18 +1,21 @@
-"""`fetch`: a statement on the driver's own cursor must be what it is through the session."""
+"""`fetch` and `begin_with`: statements past the session must be what they are through it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox.statements import fetch, statement
-from outbox.transient import is_lock_timeout
+from outbox import direct, statements
+from outbox.statements import begin_with, fetch, statement
+from outbox.transient import is_lock_timeout, is_transient
 
 
 @pytest.fixture
@@ -58,3 +61,129 @@ def test_errors_are_those_of_the_session(session: Session) -> None:
         session.execute(text("SELECT 1 / :n"), {"n": 0})
     assert type(direct.value) is type(through.value)
     assert not is_lock_timeout(direct.value)
+
+
+# ---- the first statements of a transaction ----
+
+LIMIT = ("SELECT set_config('lock_timeout', :lock, true)", {"lock": "100ms"})
+SAID = (
+    """SELECT CAST(:id AS uuid) AS id, CAST(:body AS bytea) AS body, CAST(:missing AS text) AS missing,
+    :number + 1 AS number, CAST(:flag AS boolean) AS flag, current_setting('lock_timeout') AS limit,
+    '100% of {}' AS said, '1'::int AS cast_before, :number + 2 AS again""",
+    {"id": uuid4(), "body": b"\x00\xff", "missing": None, "number": 3, "flag": False},
+)
+WRITE = ("INSERT INTO written (n) VALUES (:n) RETURNING n", {"n": 1})
+
+
+def driver_of(session: Session) -> psycopg.Connection[Any]:
+    driver = session.connection().connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver
+
+
+@pytest.fixture
+def written(session: Session) -> None:
+    with session.begin():
+        session.execute(text("CREATE TEMPORARY TABLE written (n int PRIMARY KEY)"))
+
+
+def test_the_first_statements_are_one_transaction_with_what_follows(
+    session: Session, written: None
+) -> None:
+    with session.begin():
+        (row,) = begin_with(session, [LIMIT, SAID], "outbox")
+        assert row == (SAID[1]["id"], b"\x00\xff", None, 4, False, "100ms", "100% of {}", 1, 5)
+        assert driver_of(session).info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
+        session.execute(text("INSERT INTO written VALUES (1)"))
+        session.rollback()
+    assert not fetch(session, "SELECT n FROM written", {}, "outbox")
+    assert fetch(session, "SHOW lock_timeout", {}, "outbox")[0].lock_timeout == "0"
+
+
+def test_what_they_write_is_committed_with_the_rest(session: Session, written: None) -> None:
+    for number in range(8):  # more often than it takes to be prepared
+        with session.begin():
+            assert begin_with(session, [LIMIT, (WRITE[0], {"n": number})], "outbox") == [(number,)]
+    assert len(fetch(session, "SELECT n FROM written", {}, "outbox")) == 8
+    query = "SELECT 1 FROM pg_prepared_statements WHERE statement LIKE 'INSERT INTO written%'"
+    assert len(fetch(session, query, {}, "outbox")) == 1
+
+
+def test_they_go_out_in_one_message(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[bool] = []
+    real = direct.begin_directly
+
+    def begin_directly(*given: Any) -> Any:
+        began.append(True)
+        return real(*given)
+
+    monkeypatch.setattr(statements, "begin_directly", begin_directly)
+    for _ in range(2):
+        with session.begin():
+            begin_with(session, [LIMIT, SAID], "outbox")
+    assert len(began) == 2
+
+
+@pytest.mark.parametrize(
+    "hinder",
+    [
+        lambda session: session.execute(text("SELECT 1")),
+        lambda session: session.connection(
+            execution_options={"isolation_level": "REPEATABLE READ"}
+        ),
+        lambda session: driver_of(session).execute("SET client_encoding TO LATIN1"),
+    ],
+    ids=["a transaction that has begun", "an isolation level", "another encoding"],
+)
+def test_where_that_cannot_be_they_run_one_by_one(
+    session: Session, hinder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statements, "begin_directly", None)
+    hinder(session)
+    (row,) = begin_with(session, [LIMIT, SAID], "outbox")
+    assert tuple(row) == (SAID[1]["id"], b"\x00\xff", None, 4, False, "100ms", "100% of {}", 1, 5)
+
+
+@pytest.mark.parametrize("earlier_runs", [0, 4, 5, 6])
+def test_the_first_that_fails_says_why_and_the_connection_lives_on(
+    session: Session, written: None, earlier_runs: int
+) -> None:
+    """Before it is prepared, while it is, and after."""
+    for number in range(earlier_runs):
+        with session.begin():
+            begin_with(session, [(WRITE[0], {"n": -number}), LIMIT], "outbox")
+    with session.begin():
+        begin_with(session, [WRITE], "outbox")
+    with pytest.raises(DBAPIError) as failed, session.begin():
+        begin_with(session, [WRITE, ("SELECT 1 / :n", {"n": 0})], "outbox")
+    assert isinstance(failed.value.orig, psycopg.errors.UniqueViolation)
+    with session.begin():
+        assert begin_with(session, [LIMIT, SAID], "outbox")
+    assert len(fetch(session, "SELECT n FROM written", {}, "outbox")) == 1 + max(0, earlier_runs)
+
+
+def test_a_lost_connection_is_one_to_be_made_anew(session: Session, engine: Engine) -> None:
+    (pid,) = fetch(session, "SELECT pg_backend_pid() AS pid", {}, "outbox")[0]
+    session.commit()
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+    with pytest.raises(DBAPIError) as lost:
+        begin_with(session, [LIMIT, SAID], "outbox")
+    assert is_transient(lost.value)
+    assert driver_of(session).closed
+    session.invalidate()
+
+
+def test_an_interrupt_in_between_leaves_a_connection_that_says_it_is_busy(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = driver_of(session)
+
+    def interrupted(*_: Any) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(driver, "wait", interrupted)
+    with pytest.raises(TimeoutError):
+        begin_with(session, [LIMIT, SAID], "outbox")
+    assert driver.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE
+    session.invalidate()

@@ -84,14 +84,14 @@ def inbox_check_skipped() -> Iterator[None]:
 @contextmanager
 def inbox_in_its_own_transaction() -> Iterator[None]:
     """The delivery is recorded and committed before the handler runs."""
-    real = attempt._enter
+    real = attempt._begin
 
-    def enter(session: Any, work: Any) -> Arrival:
-        arrival = real(session, work)
+    def begin(session: Any, work: Any, **options: Any) -> Any:
+        arrival = real(session, work, **options)
         session.commit_delivery()
         return arrival
 
-    with patch.object(attempt, "_enter", enter):
+    with patch.object(attempt, "_begin", begin):
         yield
 
 
