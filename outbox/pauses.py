@@ -2,7 +2,8 @@
 
 A quarter of the time for which there was nothing: so no event waits for more than a fraction of the time that went by
 since the one before it, and looking costs little. Whoever rings (`outbox.doorbell`) ends a pause. As they ring before
-their commit, the relay then looks often until it has found something, again in proportion to the time it has waited.
+their commit, the relay then looks often until it has found something, again in proportion to the time it has waited,
+but twice as often: what is awaited then is a commit, and each look but asks whether anything has been committed.
 
 Where everything that is found was rung for, looking is only a net, and may be cast seldom. One event that nobody rang
 for shows that there are writers who do not ring, and for a while it is cast as often as without a bell.
@@ -14,6 +15,9 @@ from typing import Final
 
 _EAGER: Final = 0.00025
 """Least pause, in seconds, while it waits for the commit of whoever rang."""
+_OF_A_COMMIT: Final = 1 / 8
+_OF_QUIET: Final = 1 / 4
+"""What part of the time for which there was nothing it pauses: while a commit is awaited, and otherwise."""
 _ANNOUNCES: Final = 0.25
 """For how many seconds a ring or an event announces others: who publishes on and on rings more often than that."""
 _SPARED: Final = 1.0
@@ -64,4 +68,5 @@ class Pauses:
         all_ring = now - self._unannounced_at > _REMEMBERED
         longest = self._longest_if_rung if all_ring else self._longest
         shortest = min(_EAGER, self._shortest) if self.awaits_commit else self._shortest
-        return min(max(self.quiet(now) / 4, shortest), longest)
+        part = _OF_A_COMMIT if self.awaits_commit else _OF_QUIET
+        return min(max(self.quiet(now) * part, shortest), longest)

@@ -74,6 +74,7 @@ class Sweeper:
         self._look = look
         self._chores_due_at = time.monotonic()
         self._unsent: Sequence[PendingDelivery] = ()
+        self._next_due_in: float | None = None
         self._pause = self._settings.shortest.total_seconds()
         self._bell = bell or Bell()
         self._stopping = threading.Event()
@@ -124,10 +125,9 @@ class Sweeper:
         if self.sweep():
             self._pause = self._settings.shortest.total_seconds()
             return 0.0
-        until_due = self._until_due()
         pause = self._pause
         self._pause = min(self._pause * 2, self._settings.longest.total_seconds())
-        return pause if until_due is None else max(0.0, min(pause, until_due))
+        return pause if self._next_due_in is None else max(0.0, min(pause, self._next_due_in))
 
     def _do_chores(self) -> None:
         if self._chores is None or time.monotonic() < self._chores_due_at:
@@ -147,8 +147,9 @@ class Sweeper:
             log.warning("looking for what %s misses failed: %s", self._service, error)
 
     def _claim(self) -> Sequence[PendingDelivery]:
+        """What is due; where nothing is, it is noted how long until then."""
         with Session(self._get_engine()) as session, session.begin():
-            return pending.claim_due(
+            due = pending.claim_due(
                 session,
                 self._service,
                 limit=self._settings.batch,
@@ -156,11 +157,11 @@ class Sweeper:
                 resend_cap=self._settings.resend_cap,
                 schema=self._schema,
             )
-
-    def _until_due(self) -> float | None:
-        with Session(self._get_engine()) as session, session.begin():
-            wait = pending.until_due(session, self._service, schema=self._schema)
-        return None if wait is None else wait.total_seconds()
+            wait = None
+            if not due:
+                wait = pending.until_due(session, self._service, schema=self._schema)
+        self._next_due_in = None if wait is None else wait.total_seconds()
+        return due
 
     def _get_engine(self) -> Engine:
         return self._engine if isinstance(self._engine, Engine) else self._engine()

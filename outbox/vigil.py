@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -27,7 +27,7 @@ from outbox import subscriptions
 from outbox.roll_call import IS_HERE
 from outbox.rolls import MOST, Ask, Wanted, WantedEvent, WantedRoll, encode
 from outbox.service import Service
-from outbox.statements import statement
+from outbox.statements import fetch
 
 log = logging.getLogger(__name__)
 
@@ -146,24 +146,24 @@ class Vigil:
             "patience": self._patience,
             "longest": _LONGEST_WAIT,
         }
-        came = session.execute(self._sql(_FORGET_WHAT_CAME), values).all()
+        came = self._fetch(session, _FORGET_WHAT_CAME, values)
         _tell("{} of {} came after being asked for", (row.type for row in came if row.asks))
         events: list[Any] = []
         now = time.monotonic()
         self._came_at |= {row.log: now for row in came if row.asks}
-        for log_id, under_way in session.execute(self._sql(_UNDER_WAY_BY_LOG), values).all():
+        for log_id, under_way in self._fetch(session, _UNDER_WAY_BY_LOG, values):
             of_log = {**values, "log": log_id}
             anew = {"limit": max(0, _UNDER_WAY - under_way), "for_the_first_time": True}
-            events += session.execute(self._sql(_DUE_EVENTS), {**of_log, **anew})
+            events += self._fetch(session, _DUE_EVENTS, {**of_log, **anew})
             if now - self._came_at.get(log_id, float("-inf")) > self._patience.total_seconds():
                 again = {"limit": _UNDER_WAY, "for_the_first_time": False}
-                events += session.execute(self._sql(_DUE_EVENTS), {**of_log, **again})
+                events += self._fetch(session, _DUE_EVENTS, {**of_log, **again})
         _tell(
             "{} of {} did not come within their time and are asked for",
             (row.type for row in events if row.asks == 1),
             level=logging.WARNING,
         )
-        rolls = session.execute(self._sql(_DUE_ROLLS), values).all()
+        rolls = self._fetch(session, _DUE_ROLLS, values)
         return self._asks(events, rolls)
 
     def _asks(self, events: Sequence[Any], rolls: Sequence[Any]) -> list[tuple[str, bytes]]:
@@ -200,8 +200,8 @@ class Vigil:
                 bodies.append((asking.queue, encode(ask)))
         return bodies
 
-    def _sql(self, template: str) -> Any:
-        return statement(template, self._service.schema)
+    def _fetch(self, session: Session, template: str, values: Mapping[str, Any]) -> Sequence[Any]:
+        return fetch(session, template, values, self._service.schema)
 
     def _get_engine(self) -> Engine:
         return self._engine if isinstance(self._engine, Engine) else self._engine()

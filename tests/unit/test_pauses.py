@@ -37,7 +37,7 @@ def test_once_somebody_has_rung_it_looks_often_until_it_has_found_something() ->
     ours.rung(101)
     assert ours.awaits_commit
     assert ours.next(101) < 0.001
-    assert ours.next(101.4) == (101.4 - 101) / 4
+    assert ours.next(101.4) == (101.4 - 101) / 8
     ours.found(101.5)
     assert not ours.awaits_commit
     assert ours.next(101.5) == 0.002
