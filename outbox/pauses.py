@@ -21,7 +21,7 @@ _OF_QUIET: Final = 1 / 4
 _ANNOUNCES: Final = 0.25
 """For how many seconds a ring or an event announces others: who publishes on and on rings more often than that."""
 _SPARED: Final = 1.0
-"""For how many seconds after something was found a cursor may wait to be stored, while a commit is awaited."""
+"""For how many seconds after something was found all else may wait, while a commit is awaited."""
 _REMEMBERED: Final = 600.0
 """Seconds for which it is remembered that somebody did not ring."""
 
@@ -42,10 +42,11 @@ class Pauses:
         """Whether somebody has rung, and nothing was found since."""
         return self._rung_at > self._found_at
 
-    def spares_the_disk(self, now: float) -> bool:
-        """Whether nothing of the relay's own should be written now that another need not wait for.
+    def has_no_time(self, now: float) -> bool:
+        """Whether nothing of the relay's own should be done now that another need not wait for: an event is awaited.
 
-        It could be all that is not on disk when the awaited event can be seen, and only what is durable is sent.
+        It would be late by as long as that takes. And what is written could be all that is not on disk when the event
+        can be seen, and only what is durable is sent.
         """
         return self.awaits_commit and now - self._found_at < _SPARED
 

@@ -170,16 +170,20 @@ class Relay:
             moved = at.pipeline.turn()
             now = time.monotonic()
             self._keeper.note_progress(now)
-            moved |= self._prove(at, now)
-            # Also under load that never ends: the log would outgrow its partitions.
-            if now - chores_at > _CHORES_EVERY:
-                chores_at = now
-                self._do_chores(at)
             if moved:
                 pauses.found(now)
+            if not pauses.has_no_time(now):
+                if self._prove(at, now):
+                    pauses.found(now)
+                    moved = True
+                # Also under load that never ends: the log would outgrow its partitions.
+                if now - chores_at > _CHORES_EVERY:
+                    chores_at = now
+                    self._do_chores(at)
+                if not moved:
+                    at.pipeline.store(now)
+            if moved:
                 continue
-            if not pauses.spares_the_disk(now):
-                at.pipeline.store(now)
             self._bus.keep_alive()
             if self._bell.wait(pauses.next(now)):
                 pauses.rung(time.monotonic())

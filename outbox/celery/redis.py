@@ -64,8 +64,18 @@ def _is_base64(text: str) -> bool:
 
 def reading_anything(channel: type[Any]) -> type[Any]:
     class Channel(channel):  # type: ignore[misc]
+        _kept: Any = None
+
         def _create_client(self, asynchronous: bool = False) -> Any:
-            client = super()._create_client(asynchronous=asynchronous)
+            if asynchronous:
+                return self._reads_anything(super()._create_client(asynchronous=True))
+            # kombu makes one for each acknowledgement, which takes longer than to send that, and leaves garbage behind.
+            if self._kept is None or self._kept.connection_pool is not self.pool:
+                self._kept = super()._create_client()
+            return self._kept
+
+        def _reads_anything(self, client: Any) -> Any:
+            """*client* is the one that waits for messages."""
             parse = client.parse_response
 
             def parse_response(connection: Any, command_name: str, **options: Any) -> Any:

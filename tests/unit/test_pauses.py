@@ -46,8 +46,8 @@ def test_once_somebody_has_rung_it_looks_often_until_it_has_found_something() ->
 def test_what_is_confirmed_is_stored_soon_though_others_ring_on_and_on() -> None:
     ours = pauses()
     ours.found(100)
-    assert not ours.spares_the_disk(100.1)
+    assert not ours.has_no_time(100.1)
     ours.rung(100.2)
-    assert ours.spares_the_disk(100.3)
+    assert ours.has_no_time(100.3)
     ours.rung(101.1)
-    assert not ours.spares_the_disk(101.2)
+    assert not ours.has_no_time(101.2)
