@@ -35,7 +35,7 @@ class Flow:
     warm_up: int
 
 
-STEADY: Final = Flow(500, 0.01, 50)
+STEADY: Final = Flow(1_000, 0.01, 50)
 SELDOM: Final = Flow(10, 1.0, 2)
 PATIENCE_SECONDS: Final = 60.0
 TABLE: Final = "CREATE TABLE IF NOT EXISTS bench_began (number int, at double precision)"
