@@ -66,7 +66,7 @@ class RelaySettings:
     """How long after a relay's death its lanes are taken over."""
     longest_refusal: timedelta = timedelta(seconds=15)
     """After so long without one confirmation from the broker the lanes are left to other relays, where any live."""
-    in_flight: int = 8
+    in_flight: int = 16
     """Pages that may wait for the broker's confirmation."""
     retention: timedelta = RETENTION
     rolls: timedelta | None = timedelta(seconds=5)
