@@ -95,7 +95,7 @@ def encode(
 
     Raises `InvalidPayload` (naming the field) or `PayloadTooLarge`.
     """
-    data = write_payload(event_type, payload)
+    data, parsed = write_payload(event_type, payload)
     key = event_type.key_of(payload)
     event_id, id_text = new_id_and_text()
     seconds, microseconds = divmod(time_ns() // 1_000, 1_000_000)
@@ -125,7 +125,8 @@ def encode(
                 f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.size:,}; "
                 "publish a reference to the data instead (claim check)"
             )
-        parsed = limits.of_data.parse_flat(data)
+        if parsed is None or not limits.of_data.allows_plain(parsed):
+            parsed = limits.of_data.parse_flat(data)
         if parsed is None:
             parsed = limits.of_data.parse(data)
     except UnicodeEncodeError as error:

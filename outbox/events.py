@@ -37,6 +37,7 @@ from outbox.errors import (
     UnknownEventType,
     UnregisteredEvent,
 )
+from outbox.plain import Fields, plain_fields
 
 T = TypeVar("T")
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
@@ -78,6 +79,11 @@ class EventType:
         """Whether fields are written under their aliases: as they are read, unless the class says otherwise."""
         written = _config(self.payload_class).get("serialize_by_alias")
         return True if written is None else bool(written)
+
+    @cached_property
+    def plain_fields(self) -> Fields | None:
+        """Its fields, if it is known beforehand that what is written of them can be read back."""
+        return plain_fields(self.adapter.core_schema, self.payload_class)
 
     @cached_property
     def hides_times(self) -> bool:

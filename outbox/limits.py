@@ -11,6 +11,7 @@ looks for strings is quadratic in quotes that are never closed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -50,6 +51,10 @@ class Limits:
     def _too_short_to_offend(self) -> int:
         """The size up to which a flat object is within all limits, whatever is in it."""
         return min(self.size, self.nodes, self.number_length) if self.depth else 0
+
+    def allows_plain(self, value: Mapping[str, object]) -> bool:
+        """Whether an object of texts, truth values and integers of 19 characters at most is within the limits."""
+        return len(value) <= self.nodes and self.depth > 0 and self.number_length > 18
 
     def parse_flat(self, body: bytes) -> dict[str, Any] | None:
         """What `parse` makes of *body*, if it is plain at a glance that nothing is wrong with it; else None.

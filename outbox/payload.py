@@ -23,8 +23,10 @@ from pydantic_core import PydanticSerializationError
 
 from outbox.errors import ConfigurationError, InvalidPayload
 from outbox.events import EventType, brief
+from outbox.plain import plain_values
 
 _TIME_WITHOUT_ZONE = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d+)?"')
+_NUL = b"\\u0000"
 _T, _BACKSLASH = b"T\\"  # as integers they are looked for in a tenth of the time
 _HARMLESS = frozenset({int, bool, type(None), UUID, Decimal, date, bytes})
 _INPUT_VALUE = re.compile(r"input_value=.*?, (?=input_type=)", re.DOTALL)
@@ -33,15 +35,21 @@ _Path = tuple[Any, str]
 """The path of what a value is in, and the part that leads on from there."""
 
 
-def write_payload(event_type: EventType, payload: object) -> bytes:
-    """*payload* as JSON.
+def write_payload(
+    event_type: EventType, payload: object
+) -> tuple[bytes, dict[str, str | int | None] | None]:
+    """*payload* as JSON; and what a reader makes of that, where it is known without reading it (`outbox.plain`).
 
     Raises `InvalidPayload`, naming the field, if a reader would not get it back, and `ConfigurationError` if its class
     is not complete.
     """
     adapter = event_type.adapter
     try:
+        fields = event_type.plain_fields
+        plain = None if fields is None else plain_values(fields, payload)
         data = adapter.serializer.to_json(payload, by_alias=event_type.by_alias, warnings="error")
+        if plain is not None and _NUL not in data:
+            return data, plain
         if event_type.hides_times or _may_be_unstorable(data):
             _refuse_unstorable(event_type, payload)
         # What cannot be read back would stop every consumer: find it here, before the commit.
@@ -62,13 +70,13 @@ def write_payload(event_type: EventType, payload: object) -> bytes:
         raise InvalidPayload(
             f"{event_type} was refused: {type(error).__name__} in its validation"
         ) from error
-    return data
+    return data, None
 
 
 def _may_be_unstorable(data: bytes) -> bool:
     return (
         data.find(b"null") >= 0  # written for NaN too
-        or (_BACKSLASH in data and b"\\u0000" in data)
+        or (_BACKSLASH in data and _NUL in data)
         or (_T in data and _TIME_WITHOUT_ZONE.search(data) is not None)
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import blake2b
+from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
@@ -40,10 +41,10 @@ class Naming:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        def write_payload(event_type: EventType, payload: object) -> bytes:
-            data = payload_module.write_payload(event_type, payload)
-            self._content = str(event_type).encode() + data
-            return data
+        def write_payload(event_type: EventType, payload: object) -> tuple[bytes, Any]:
+            written = payload_module.write_payload(event_type, payload)
+            self._content = str(event_type).encode() + written[0]
+            return written
 
         def new_id_and_text() -> tuple[UUID, str]:
             event_id = self._id(self._content)

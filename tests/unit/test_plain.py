@@ -1,0 +1,216 @@
+"""What is written without being read back is what would have been read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+from unittest.mock import patch
+from uuid import UUID
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator, model_validator
+
+from outbox import payload as payload_module
+from outbox.envelope import decode, encode
+from outbox.errors import InvalidPayload
+from outbox.events import EventType
+from outbox.limits import Limits
+from outbox.payload import write_payload
+
+
+@dataclass(frozen=True)
+class Dataclass:
+    order_id: UUID
+    number: int
+    note: str = "none"
+    is_paid: bool = False
+    voucher: str | None = None
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    order_id: UUID
+    number: int
+    note: str = Field("none", description="what the customer said")
+    is_paid: bool = False
+    voucher: str | None = None
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Aliased(BaseModel):
+    number: int = Field(alias="n")
+
+
+class Constrained(BaseModel):
+    number: int = Field(gt=1)
+
+
+class Validated(BaseModel):
+    number: int
+
+    @field_validator("number")
+    @classmethod
+    def one_more(cls, number: int) -> int:
+        return number + 1
+
+
+class ValidatedWhole(BaseModel):
+    number: int
+
+    @model_validator(mode="after")
+    def look(self) -> ValidatedWhole:
+        return self
+
+
+class Computed(BaseModel):
+    number: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def double(self) -> int:
+        return 2 * self.number
+
+
+class PostInit(BaseModel):
+    number: int
+
+    def model_post_init(self, _: Any) -> None: ...
+
+
+class OwnInit(BaseModel):
+    number: int
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+
+
+class Excluded(BaseModel):
+    number: int = Field(exclude=True)
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    number: int
+
+
+class Configured(BaseModel):
+    model_config = ConfigDict(str_strip_whitespace=True)
+    text: str
+
+
+@dataclass
+class Floating:
+    number: float
+
+
+@dataclass
+class Chosen:
+    colour: Colour
+
+
+@dataclass
+class Nested:
+    inner: Dataclass
+
+
+@dataclass
+class WithPostInit:
+    number: int
+
+    def __post_init__(self) -> None: ...
+
+
+@dataclass
+class NotGiven:
+    number: int = field(init=False, default=1)
+
+
+@dataclass(slots=True)
+class Slotted:
+    number: int
+
+
+def type_of(payload_class: type[Any]) -> EventType:
+    return EventType("thing.made", 1, payload_class)
+
+
+TYPES = {cls: type_of(cls) for cls in (Dataclass, Model)}
+
+
+def looked_at(payload: object) -> tuple[bytes, Any]:
+    with patch.object(payload_module, "plain_values", return_value=None):
+        return write_payload(TYPES[type(payload)], payload)
+
+
+def outcome(write: Callable[[], tuple[bytes, Any]]) -> tuple[bytes, Any] | str:
+    try:
+        return write()
+    except InvalidPayload as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("payload_class", TYPES)
+def test_flat_classes_are_plain(payload_class: type[Any]) -> None:
+    assert TYPES[payload_class].plain_fields is not None
+
+
+@pytest.mark.parametrize("payload_class", [
+    Aliased, Constrained, Validated, ValidatedWhole, Computed, PostInit, OwnInit, Excluded, Open, Configured, Floating,
+    Chosen, Nested, WithPostInit, NotGiven, Slotted,
+])  # fmt: skip
+def test_a_class_with_anything_more_to_it_is_not_plain(payload_class: type[Any]) -> None:
+    assert type_of(payload_class).plain_fields is None
+
+
+@pytest.mark.parametrize("payload_class", TYPES)
+@given(st.uuids(), st.integers(), st.text(), st.booleans(), st.none() | st.text())
+@example(UUID(int=1), 10**18, "\\u0000", True, "2026-01-01T00:00:00")
+@example(UUID(int=1), -(10**18) + 1, '"\\', False, "\x7f\u2028")
+def test_what_is_known_of_it_is_what_is_read_back(
+    payload_class: type[Any], id: UUID, number: int, note: str, is_paid: bool, voucher: str | None
+) -> None:
+    payload = payload_class(order_id=id, number=number, note=note, is_paid=is_paid, voucher=voucher)
+    expected = outcome(lambda: looked_at(payload))
+    if isinstance(expected, str):
+        assert outcome(lambda: write_payload(TYPES[payload_class], payload)) == expected
+        return
+    data, _ = expected
+    written, known = write_payload(TYPES[payload_class], payload)
+    assert written == data
+    if known is not None:
+        assert known == json.loads(data)
+        assert TYPES[payload_class].adapter.validate_json(data) == payload
+    # Numbers of 19 digits and an escaped backslash before "u0000" are looked at.
+    assert known is not None or abs(number) >= 10**18 or "u0000" in note + (voucher or "")
+
+
+@pytest.mark.parametrize("values", [
+    {"number": True}, {"number": "1"}, {"number": 1.0}, {"note": Colour.RED}, {"note": None}, {"voucher": 1},
+    {"order_id": str(UUID(int=1))}, {"note": "a\x00b"}, {"note": "\ud800"},
+])  # fmt: skip
+def test_a_value_of_another_type_than_its_field_is_looked_at(values: dict[str, Any]) -> None:
+    payload = Dataclass(**{"order_id": UUID(int=1), "number": 1, **values})
+    found = outcome(lambda: write_payload(TYPES[Dataclass], payload))
+    assert found == outcome(lambda: looked_at(payload))
+
+
+@pytest.mark.parametrize(("limits", "told"), [
+    (Limits(number_length=6), "number of more than 6"), (Limits(nodes=66), "values; the limit is"),
+    (Limits(depth=1), "nests more than"),
+])  # fmt: skip
+def test_limits_that_a_plain_payload_may_break_are_looked_at(limits: Limits, told: str) -> None:
+    with pytest.raises(InvalidPayload, match=told):
+        encode(TYPES[Dataclass], Dataclass(UUID(int=1), 12_345_678), source="test", limits=limits)
+
+
+def test_an_envelope_has_what_its_bytes_say() -> None:
+    made = encode(TYPES[Model], Model(order_id=UUID(int=1), number=2), source="test")
+    assert decode(made.body) == made
