@@ -48,6 +48,8 @@ class BusyKeys:
 
     def add(self, key: Hashable) -> None:
         """Remember *key*."""
-        if len(self._newer) >= self._remembered:
-            self._older, self._newer = self._newer, set()
-        self._newer.add(key)
+        newer = self._newer
+        newer.add(key)
+        # Another thread may have put the full set aside by now: a second time would drop all that is in it.
+        if len(newer) >= self._remembered and self._newer is newer:
+            self._older, self._newer = newer, set()

@@ -6,7 +6,7 @@ Buffers are counted while a transaction holds the xmin horizon, so that nothing 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
@@ -347,6 +347,27 @@ def test_keys_that_were_used_lately_are_remembered() -> None:
         assert "a" in keys or key > "d"
         assert "a" in keys
     assert "b" not in keys
+
+
+class _Overtaken(set[Hashable]):
+    """While its size is looked at, another thread adds a key."""
+
+    def __init__(self, of: BusyKeys, keys: Iterable[str]) -> None:
+        super().__init__(keys)
+        self._overtake: Callable[[], None] | None = lambda: of.add("overtaking")
+
+    def __len__(self) -> int:
+        overtake, self._overtake = self._overtake, None
+        if overtake is not None:
+            overtake()
+        return super().__len__()
+
+
+def test_no_key_is_lost_where_two_threads_come_upon_a_full_set() -> None:
+    keys = BusyKeys(remembered=3)
+    keys._newer = _Overtaken(keys, ("a", "b", "c"))
+    keys.add("d")
+    assert {"a", "b", "c", "d", "overtaking"} <= keys._newer | keys._older
 
 
 # ---- handlers ----
