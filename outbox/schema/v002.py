@@ -52,7 +52,8 @@ UP: Final = (
         PRIMARY KEY (handler, source, type, key, span)
     ) WITH (fillfactor = 50)
     """,
-    # Who may use the first rows may use these, from the first busy key on.
+    # Who may use the first rows may use these, and the function, from the first busy key on: also their owner, should
+    # another role migrate, and where new functions are not for everybody.
     """
     DO $$
     DECLARE
@@ -62,11 +63,15 @@ UP: Final = (
             SELECT privilege_type AS what,
                 CASE relname WHEN 'outbox_key' THEN 'outbox_busy_key' ELSE 'inbox_busy_order' END AS busy,
                 CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END AS who
-            FROM pg_class CROSS JOIN aclexplode(relacl)
+            FROM pg_class CROSS JOIN aclexplode(COALESCE(relacl, acldefault('r', relowner)))
             WHERE pg_class.oid IN ('{schema}.outbox_key'::regclass, '{schema}.inbox_order'::regclass)
         LOOP
             EXECUTE 'GRANT ' || right_given.what || ' ON {schema}.' || right_given.busy
                 || ' TO ' || right_given.who;
+            IF right_given.busy = 'outbox_busy_key' AND right_given.what = 'UPDATE' THEN
+                EXECUTE 'GRANT EXECUTE ON FUNCTION {schema}.count_busy_key(text, text, text, bigint) TO '
+                    || right_given.who;
+            END IF;
         END LOOP;
     END
     $$

@@ -458,23 +458,47 @@ def test_keys_of_version_1_go_on_where_they_were_and_back(engine: Engine) -> Non
         assert list(order.scalars()) == [7, 5_003]
 
 
-def test_who_could_publish_before_the_migration_can_publish_to_a_busy_key(
-    engine: Engine, unique_name: str
-) -> None:
+@pytest.fixture
+def role(engine: Engine, unique_name: str) -> Iterator[str]:
+    """May use the schema, and what tests let it use beyond that."""
     outbox.schema.upgrade_engine(engine, to=1)
     with engine.begin() as connection:
         connection.execute(text(f"CREATE ROLE {unique_name}"))
         connection.execute(text(f"GRANT USAGE ON SCHEMA outbox TO {unique_name}"))
-        may = f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA outbox TO {unique_name}"
-        connection.execute(text(may))
-    outbox.schema.upgrade_engine(engine)
-    with engine.connect() as connection:
-        connection.execute(text(f"SET ROLE {unique_name}"))
-        assert [draw(executor(connection), KEY, SPAN, "outbox") for _ in "12"] == [SPAN, 2 * SPAN]
-        connection.rollback()
+    yield unique_name
     with engine.begin() as connection:
         connection.execute(text(f"DROP OWNED BY {unique_name}"))
         connection.execute(text(f"DROP ROLE {unique_name}"))
+
+
+def publishes_to_a_busy_key(engine: Engine, role: str) -> None:
+    with engine.connect() as connection:
+        connection.execute(text(f"SET ROLE {role}"))
+        assert [draw(executor(connection), KEY, SPAN, "outbox") for _ in "12"] == [SPAN, 2 * SPAN]
+
+
+@pytest.mark.parametrize("functions_are_for", ["everybody", "nobody"])
+def test_who_could_publish_before_the_migration_can_publish_to_a_busy_key(
+    engine: Engine, role: str, functions_are_for: str
+) -> None:
+    with engine.begin() as connection:
+        may = f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA outbox TO {role}"
+        connection.execute(text(may))
+        if functions_are_for == "nobody":
+            connection.execute(
+                text("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+            )
+    outbox.schema.upgrade_engine(engine)
+    publishes_to_a_busy_key(engine, role)
+
+
+def test_the_owner_can_publish_to_a_busy_key_though_another_role_has_migrated(
+    engine: Engine, role: str
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER TABLE outbox.outbox_key OWNER TO {role}"))
+    outbox.schema.upgrade_engine(engine)
+    publishes_to_a_busy_key(engine, role)
 
 
 def test_a_publisher_and_a_worker_of_version_1_do_no_harm_to_a_busy_key(
