@@ -5,7 +5,8 @@ page by page in the order of positions, each page sent only when the broker has 
 is bounded and the broker sets the pace. It ends at the last event that was there when it began: what comes after that
 is the relay's.
 
-Events are taken as they lie in the log, delivered or not; one that the relay has not sent yet comes twice.
+Events are taken as they lie in the log, delivered or not; one that the relay has not sent yet comes twice. So a page is
+made durable first, as the relay does it. A standby has only what is on its primary's disk.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any, Final
 import psycopg
 
 from outbox.buses.base import Bus, OutgoingMessage
-from outbox.reader import MESSAGE
+from outbox.reader import MESSAGE, LogReader
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 _PAGE_ROWS: Final = 500
 _WIDEST: Final = 1_000_000
 """Positions looked through at a time where few events are of the types wanted."""
 
-_LAST: Final = "SELECT last_value FROM {schema}.outbox_event_position"
+_LAST: Final = "SELECT last_value, pg_is_in_recovery() FROM {schema}.outbox_event_position"
 # Sixteen ranges of the primary key. Its window of positions bounds what has to be sorted.
 _PAGE: Final = f"""
 SELECT {MESSAGE} FROM {{schema}}.outbox_event AS e
@@ -81,7 +82,7 @@ class Replay:
         self._selection = selection
         self._schema = schema
         self._rows = page_rows
-        self._last = int(self._execute(_LAST)[0][0])
+        self._last, self._is_of_standby = self._execute(_LAST)[0]
 
     def count(self) -> dict[str, int]:
         """How many events by type there are to send. Reads the whole log once."""
@@ -98,6 +99,8 @@ class Replay:
             elif len(page) < self._rows // 2:
                 width = min(width * 2, _WIDEST)
             if page:
+                if not self._is_of_standby:
+                    LogReader(self._connection, self._schema).make_durable()
                 bus.send(page).wait()
             sent, position = sent + len(page), end
             yield Progress(sent, position)

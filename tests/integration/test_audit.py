@@ -10,7 +10,7 @@ from typing import Any
 import kombu
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 import outbox
@@ -130,6 +130,21 @@ def test_a_new_subscriber_is_fed_from_the_beginning(pair: Pair) -> None:
     pair.wire.loses = lambda _: False
     assert send(pair, 7, Selection(["thing.made"])) == list(range(30))
     assert pair.effects == list(range(30))
+
+
+def test_what_is_replayed_will_survive_a_crash_though_no_commit_was_waited_for(pair: Pair) -> None:
+    pair.publish(*range(10))
+    engine = pair.source_engine.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, engine.connect() as looking:
+        driver: Any = connection.connection.driver_connection
+        sending = Replay(driver, Selection(["thing.made"]), page_rows=1).send(pair.wire, "stock")
+        for _ in range(10):
+            # As the commits that nobody waits for; those wake who writes them.
+            looking.execute(text("SELECT pg_logical_emit_message(false, 'test', 'not on disk')"))
+            written = looking.scalar(text("SELECT pg_current_wal_insert_lsn()"))
+            assert next(sending).sent == len(pair.wire.sent)
+            kept = text("SELECT pg_current_wal_flush_lsn() >= CAST(:written AS pg_lsn)")
+            assert looking.scalar(kept, {"written": written})
 
 
 def test_a_replay_that_was_broken_off_goes_on_behind_a_position(pair: Pair) -> None:
