@@ -397,7 +397,7 @@ def test_a_relay_killed_at_any_point_loses_nothing(
 def test_a_relay_killed_while_it_reads_ahead_loses_nothing_and_keeps_the_order_of_a_key(
     migrated_engine: Engine, tmp_path: Path, point: str
 ) -> None:
-    count = 4_000
+    count = 12_000
     publish(migrated_engine, *range(count))
     path = tmp_path / "sent"
     assert spawn(migrated_engine, path, point).wait(30) == -signal.SIGKILL
