@@ -84,12 +84,16 @@ def _one_that_was_running(connect: Connect, log: LogReader) -> Iterator[list[str
 def _one_above_the_snapshot(connect: Connect, log: LogReader) -> Iterator[list[str]]:
     """Its xid is above the newest that has ended, hence above the snapshot's xmax, though its position is below."""
     early, late = connect(), connect()
-    early.execute("SELECT pg_current_xact_id()")
-    insert(late, "late")
-    insert(early, "early")
-    early.commit()
-    found, cursor = drain(log, Cursor.at_beginning(range(16)))
-    assert found == ["early"]
+    cursor, xid = Cursor.at_beginning(range(16)), 0
+    while xid < cursor.snapshot.next:
+        late.rollback()  # another test's transaction began after it, and has ended
+        early.execute("SELECT pg_current_xact_id()")
+        insert(late, "late")
+        insert(early, "early")
+        early.commit()
+        found, cursor = drain(log, cursor)
+        assert found == ["early"]
+        (xid,) = late.execute("SELECT pg_current_xact_id()::text::bigint").fetchone() or (0,)
     late.commit()
     yield drain(log, cursor)[0]
 
