@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kombu.transport.virtual.base import BrokerState
+
 from outbox.addressing import asking_message, delivery_message
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
@@ -46,6 +48,9 @@ class OwnQueue:
     def declare(self) -> None:
         """Make the queue and its bindings, where the broker has lost them. Raises if it cannot."""
         with self._connected() as producer:
+            state = getattr(producer.channel, "state", None)
+            if isinstance(state, BrokerState):
+                state.clear()  # kombu's own notes of what it has bound: it would not bind that again
             self._queue(producer.channel).declare()
 
     def close(self) -> None:

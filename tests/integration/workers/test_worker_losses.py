@@ -136,6 +136,17 @@ def test_what_redis_forgot_when_it_was_killed_comes_again(
         shop.until_whole(worker)
 
 
+def test_bindings_come_again_each_time_that_redis_forgets_them(
+    make_shop: Callable[[str], Shop], private_redis: LocalRedis
+) -> None:
+    shop = make_shop(private_redis.url)
+    with shop.open(), redis.Redis.from_url(private_redis.url) as client:
+        shop.worker()
+        for _ in range(4):
+            eventually(lambda: client.keys("_kombu.binding.*"), 20)
+            client.flushall()
+
+
 def test_what_redis_forgot_when_it_was_flushed_comes_again_with_the_bindings(
     make_shop: Callable[[str], Shop], private_redis: LocalRedis
 ) -> None:
