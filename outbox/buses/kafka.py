@@ -35,7 +35,7 @@ _ROUTE: Final = attrgetter("type", "queue")
 _NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 _DEFAULTS: Final = {
     "client.id": "outbox",
-    "linger.ms": 5,  # while there is more to come: whoever waits for a batch has it sent at once
+    "linger.ms": 2,  # while there is more to come: whoever waits for a batch has it sent at once
     "compression.type": "lz4",
     # As Java's clients and Debezium do, so that a key is in the same partition whoever wrote it.
     "partitioner": "murmur2_random",

@@ -80,7 +80,7 @@ class Shop:
                 "SELECT FROM outbox.awaited UNION ALL SELECT FROM outbox.missed_roll"
             )
 
-        eventually(whole, 60 + LOSSES, lambda: (self.missing, worker.log[-3_000:]))
+        eventually(whole, 60 + 3 * LOSSES, lambda: (self.missing, worker.log[-3_000:]))
 
     @property
     def missing(self) -> list[str]:
