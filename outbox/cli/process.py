@@ -29,8 +29,7 @@ class _WithoutSecrets(logging.Formatter):
 def collect_garbage_seldom() -> None:
     """For a process that has thousands of events in its hands at any time, none of them in a cycle.
 
-    With Python's own threshold of 700 objects most live long enough to be looked at by every kind of collection, which
-    is an eighth of a relay's CPU time.
+    With Python's own threshold of 700 objects they would be gone through once for each page or two.
     """
     gc.set_threshold(10_000)
 
