@@ -9,6 +9,9 @@ whose lane somebody else has taken, can still insert, even between the other's l
 its row is older than any of the new epoch, and is never the newest again. The insert looks at the lease as well and
 fails with `LeaseLost`, so that the relay notices.
 
+Another server's cursors are not stored: behind a pooler, the server may have been replaced by one that lacks the last
+commits, and has given their positions to other events.
+
 Losing the last rows (they are not waited for at commit) only means that events are sent twice.
 """
 
@@ -22,7 +25,7 @@ from psycopg import errors
 
 from outbox.errors import LeaseLost
 from outbox.reader import Cursor
-from outbox.snapshot import Snapshot
+from outbox.snapshot import SERVER, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 SLOTS: Final = 3
@@ -34,8 +37,9 @@ INSERT INTO {schema}.outbox_cursor (slot, lane, epoch, seq, hi, snapshot)
 SELECT %(slot)s, l.lane, l.epoch, %(seq)s, l.hi, %(snapshot)s::pg_snapshot
 FROM unawaited, unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(his)s::bigint[]) AS l (lane, epoch, hi)
 WHERE l.epoch = (SELECT e.epoch FROM {schema}.outbox_lease AS e WHERE e.lane = l.lane ORDER BY e.epoch DESC LIMIT 1)
+    AND {server} = coalesce(%(server)s, {server})
 RETURNING lane
-"""
+""".replace("{server}", SERVER)
 _NEWEST = """
 SELECT c.lane, c.hi, c.snapshot::text, c.ceil::text::bigint, c.seq, c.slot
 FROM unnest(%(lanes)s::smallint[]) AS l (lane)
@@ -58,9 +62,17 @@ ON CONFLICT DO NOTHING
 class CursorStore:
     """The cursors of one log, through a connection in autocommit."""
 
-    def __init__(self, connection: psycopg.Connection[Any], schema: str = DEFAULT_SCHEMA) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        schema: str = DEFAULT_SCHEMA,
+        *,
+        server: str | None = None,
+    ) -> None:
+        """*server*: the one whose cursors they are (`outbox.snapshot.SERVER`); on any other none is stored."""
         self._connection = connection
         self._schema = schema
+        self._server = server
         self._seq = 0
         self._slot = 0
 
@@ -89,6 +101,7 @@ class CursorStore:
             "epochs": [epochs[lane] for lane in cursor.his],
             "his": list(cursor.his.values()),
             "snapshot": cursor.snapshot.text,
+            "server": self._server,
         }
         stored = self._connection.execute(self._sql(_STORE), params).fetchall()
         lost = sorted(cursor.his.keys() - {lane for (lane,) in stored})

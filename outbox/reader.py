@@ -44,7 +44,7 @@ from psycopg.rows import tuple_row
 
 from outbox.buses.base import OutgoingMessage
 from outbox.partitions import SIZE
-from outbox.snapshot import FIRST_XID, NOTHING_SEEN, Snapshot
+from outbox.snapshot import FIRST_XID, NOTHING_SEEN, SERVER, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 from outbox.standing_query import StandingQuery
 
@@ -83,7 +83,7 @@ ORDER BY e.xid, e.position LIMIT %(rows)s + 1)
 """
 # One more row brings the snapshot that all the others were seen in, and how far the log is durable.
 _SEEN_IN = f"""
-SELECT NULL::text, pg_current_snapshot()::text, NULL::text, NULL::bytea, {_SNAPSHOT_LANE}::smallint,
+SELECT NULL::text, pg_current_snapshot()::text, {SERVER}, NULL::bytea, {_SNAPSHOT_LANE}::smallint,
     (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint, NULL::bigint, NULL::text, NULL::text
 """
 _ARMS: Final = {"fresh": _FRESH, "ended": _ENDED_SINCE, "begun": _BEGUN_SINCE}
@@ -155,11 +155,16 @@ class LogReader:
         connection: psycopg.Connection[Any],
         schema: str = DEFAULT_SCHEMA,
         *,
+        server: str | None = None,
         arms: Iterable[str] = tuple(_ARMS),
     ) -> None:
-        """*arms* exists for the tests that show what each arm is for."""
+        """*server*: whose cursors are read on from (`outbox.snapshot.SERVER`); None: whichever answers first.
+
+        *arms* exists for the tests that show what each arm is for.
+        """
         self._connection = connection
         self._schema = schema
+        self._server = server
         parts = [_ARMS[arm] for arm in arms]
         self._page_sql = in_schema("\nUNION ALL ".join([*parts, _SEEN_IN]), schema)
         self._page = StandingQuery(connection, self._page_sql)
@@ -173,6 +178,7 @@ class LogReader:
     def read(self, cursor: Cursor, rows: int, *, durable: bool = True) -> Page:
         """The next page after *cursor*: at most *rows* fresh events of each lane, and the stragglers.
 
+        Raises psycopg's `OperationalError` if it is another server that answers.
         Unless *durable* is False, everything in the page will survive a crash of the server. A page that was asked for
         ahead has as many rows as were asked for then.
         """
@@ -192,7 +198,10 @@ class LogReader:
             last = next(row for row in others if row.lane == _SNAPSHOT_LANE)
         else:
             fresh, last = found, found.pop()
-        seen, not_durable = Snapshot(last.type), last.position
+        seen, not_durable, server = Snapshot(last.type), last.position, last.key
+        if server != (self._server or server):
+            raise psycopg.OperationalError("a pooler has put another server in the place of ours")
+        self._server = server
         if len(others) - 1 > rows:
             # An arm may have met its limit, with rows that are not ours: count, and go page by page.
             crowded = self._with_late(cursor, seen)

@@ -37,6 +37,7 @@ from outbox.pooler import is_pooled, prepare_nothing_if_pooled
 from outbox.reader import LogReader
 from outbox.replies import Replies
 from outbox.roll_caller import STANDINGS, RollCaller
+from outbox.snapshot import SERVER
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)
@@ -137,8 +138,8 @@ class Relay:
                 began = time.monotonic()
                 try:
                     with self._connect() as connection, self._connect_to_read() as reading:
-                        self._check(connection)
-                        self._relay(self._on(connection, reading))
+                        server = self._check(connection)
+                        self._relay(self._on(connection, reading, server))
                 except ConfigurationError:
                     raise
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -221,13 +222,16 @@ class Relay:
 
     # --- connections
 
-    def _check(self, connection: psycopg.Connection[Any]) -> None:
+    def _check(self, connection: psycopg.Connection[Any]) -> str:
+        """Raise unless the log is there, and ours; which server has it."""
         there = in_schema("SELECT to_regclass('{schema}.outbox_cursor')", self._schema).encode()
         if connection.execute(there).fetchone() == (None,):
             raise SchemaError(
                 f"schema {self._schema!r} has no tables of 'outbox': run `outbox migrate --schema {self._schema}`"
             )
         check_cluster(connection, self._schema)
+        ((server,),) = connection.execute(f"SELECT {SERVER}".encode()).fetchall()
+        return str(server)
 
     def _connect(self) -> psycopg.Connection[Any]:
         connection = psycopg.connect(
@@ -253,19 +257,26 @@ class Relay:
         return connection
 
     def _on(
-        self, connection: psycopg.Connection[Any], reading: psycopg.Connection[Any]
+        self,
+        connection: psycopg.Connection[Any],
+        reading: psycopg.Connection[Any],
+        server: str,
     ) -> _Connected:
         settings = self._settings
-        cursors = CursorStore(connection, self._schema)
+        cursors = CursorStore(connection, self._schema, server=server)
         rolls = (
             None
             if settings.rolls is None
             else RollCaller(
-                connection, self._schema, every=settings.rolls, standings=settings.standings
+                connection,
+                self._schema,
+                every=settings.rolls,
+                standings=settings.standings,
+                server=server,
             )
         )
         pipeline = Pipeline(
-            LogReader(reading, self._schema),
+            LogReader(reading, self._schema, server=server),
             cursors,
             self._bus,
             rolls,

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from outbox.reader import Cursor, LogReader, Page
-from outbox.snapshot import Snapshot
+from outbox.snapshot import SERVER, Snapshot
 from tests.workers import eventually
 
 ALL_ARMS = ("fresh", "ended", "begun")
@@ -227,6 +227,16 @@ def test_what_is_read_will_survive_a_crash_though_no_commit_was_waited_for(
         kept = writer.execute("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", (written,))
         assert (bodies(page), kept.fetchone()) == ([str(number)], (True,))
         cursor = page.cursor
+
+
+def test_nothing_is_read_on_from_the_cursor_of_another_server(connect: Connect) -> None:
+    connection = connect()
+    connection.autocommit = True
+    ((server,),) = connection.execute(f"SELECT {SERVER}".encode()).fetchall()
+    cursor = Cursor.at_beginning(range(16))
+    assert LogReader(connection, server=server).read(cursor, 10).complete
+    with pytest.raises(psycopg.OperationalError, match="another server"):
+        LogReader(connection, server="1.5").read(cursor, 10)
 
 
 def test_a_backlog_waits_for_the_disk_once_however_much_is_written_meanwhile(

@@ -32,6 +32,7 @@ from outbox.lanes import Leases
 from outbox.partitions import Partitions
 from outbox.reader import Cursor
 from outbox.relay import Relay, RelaySettings
+from outbox.roll_caller import RollCaller
 from outbox.rolls import Wanted, WantedEvent, is_control
 from outbox.snapshot import Snapshot
 
@@ -453,6 +454,35 @@ def test_a_relay_that_was_paused_cannot_move_a_cursor_that_is_no_longer_its_own(
             (held[3],),
         )
         assert CursorStore(connection).load([3])[0].his == {3: 50}
+
+
+def test_a_relay_whose_server_is_replaced_behind_a_pooler_begins_again_from_what_is_stored(
+    migrated_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, check, replaced = MemoryBus(), Relay._check, iter(["1.5"])
+    monkeypatch.setattr(
+        Relay, "_check", lambda self, connection: next(replaced, "") or check(self, connection)
+    )
+    publish(migrated_engine, *range(5))
+    with running(migrated_engine, bus) as relay:
+        bus.await_numbers(set(range(5)))
+        assert relay.stats.failures == 1
+
+
+def test_where_another_server_answers_neither_cursors_nor_rolls_are_stored(
+    migrated_engine: Engine,
+) -> None:
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        leases = Leases(connection)
+        leases.beat()
+        cursor = Cursor({3: 50}, Snapshot("100:100:"))
+        with pytest.raises(LeaseLost):
+            CursorStore(connection, server="1.5").store(cursor, leases.held)
+        assert CursorStore(connection).load([3])[0].his == {3: 0}
+        RollCaller(connection, server="1.5").load([cursor], leases.held)
+        assert connection.execute("SELECT FROM outbox.outbox_roll").fetchall() == []
+        RollCaller(connection).load([cursor], leases.held)
+        assert len(connection.execute("SELECT FROM outbox.outbox_roll").fetchall()) == 1
 
 
 def test_stored_cursors_move_between_tables_that_are_emptied_in_turn(
