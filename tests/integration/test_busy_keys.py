@@ -276,11 +276,11 @@ def test_a_writer_whose_snapshot_is_older_than_the_newest_number_is_refused(
 def test_serializable_writers_of_different_busy_keys_leave_each_other_alone(
     connect: Callable[[], psycopg.Connection[Any]],
 ) -> None:
-    one, other = connect(), connect()
+    one, other, maintenance = connect(), connect(), connect()
+    maintenance.autocommit = True
     for connection, key in ((one, KEY), (other, KEY._replace(key="another"))):
         count_up_to(connection, SPAN, key)
-    with psycopg.connect(one.info.dsn, autocommit=True) as maintenance:
-        maintenance.execute("VACUUM ANALYZE outbox.outbox_busy_key")  # now it is known to be tiny
+    maintenance.execute("VACUUM ANALYZE outbox.outbox_busy_key")  # now it is known to be tiny
     for connection, key in ((one, KEY), (other, KEY._replace(key="another"))):
         connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
         draw(executor(connection), key, 1, "outbox")
