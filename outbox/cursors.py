@@ -25,7 +25,7 @@ from psycopg import errors
 
 from outbox.errors import LeaseLost
 from outbox.reader import Cursor
-from outbox.snapshot import SERVER, Snapshot
+from outbox.snapshot import IS_SAME_SERVER, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 SLOTS: Final = 3
@@ -37,9 +37,9 @@ INSERT INTO {schema}.outbox_cursor (slot, lane, epoch, seq, hi, snapshot)
 SELECT %(slot)s, l.lane, l.epoch, %(seq)s, l.hi, %(snapshot)s::pg_snapshot
 FROM unawaited, unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(his)s::bigint[]) AS l (lane, epoch, hi)
 WHERE l.epoch = (SELECT e.epoch FROM {schema}.outbox_lease AS e WHERE e.lane = l.lane ORDER BY e.epoch DESC LIMIT 1)
-    AND {server} = coalesce(%(server)s, {server})
+    AND {is_same_server}
 RETURNING lane
-""".replace("{server}", SERVER)
+""".replace("{is_same_server}", IS_SAME_SERVER)
 _NEWEST = """
 SELECT c.lane, c.hi, c.snapshot::text, c.ceil::text::bigint, c.seq, c.slot
 FROM unnest(%(lanes)s::smallint[]) AS l (lane)

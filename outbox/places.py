@@ -36,6 +36,12 @@ _LOCK_BUSY: Final = f"""
 SELECT next_seq, passed, clock_timestamp() - seen_at AS age
 FROM {{schema}}.inbox_busy_order WHERE {_OF_KEY} ORDER BY span DESC LIMIT 1 FOR UPDATE
 """  # noqa: S608
+# By whichever source: one that is not meant finds that it is not its turn, and is put by again.
+_DUE: Final = """
+UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
+WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early' AND key_seq = :next
+"""
+_RELEASE: Final = f"{_DUE} RETURNING true"
 
 
 def _step(update: str) -> str:
@@ -44,10 +50,7 @@ WITH moved AS (
     {update}
     RETURNING true
 ), released AS (
-    UPDATE {{schema}}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
-    WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early'
-        AND key_seq = :next AND EXISTS (SELECT 1 FROM moved)
-    RETURNING true
+    {_DUE} AND EXISTS (SELECT 1 FROM moved) RETURNING true
 )
 SELECT EXISTS (SELECT 1 FROM released) AS released FROM moved
 """  # noqa: S608
@@ -81,12 +84,6 @@ WITH moved AS (
 INSERT INTO {{schema}}.inbox_busy_order (handler, source, type, key, span, next_seq, passed)
 VALUES (:handler, :source, :type, :key, :next_span, :next, :passed)
 """  # noqa: S608
-# By whichever source: one that is not meant finds that it is not its turn, and is put by again.
-_RELEASE: Final = """
-UPDATE {schema}.pending_delivery SET next_attempt_at = clock_timestamp(), sends = 0
-WHERE handler = :handler AND type = :type AND key = :key AND reason = 'early' AND key_seq = :next
-RETURNING true
-"""
 _HANDLERS: Final = """
 SELECT handler FROM {schema}.inbox_order
 WHERE source = :source AND type = :type AND key = :key

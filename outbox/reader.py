@@ -319,12 +319,8 @@ class LogReader:
         }
 
     def make_durable(self) -> int:
-        """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them.
-
-        Returns the xid of the transaction that it took.
-        """
-        ((xid, *_),) = self._rows(_FLUSH)
-        return int(xid)
+        """`make_durable` on the reader's connection."""
+        return make_durable(self._connection)
 
     def _see_to_durability(self, seen: Snapshot) -> None:
         # There is always some WAL that is not on disk yet, as reading alone writes it (hint bits, with checksums). But
@@ -340,3 +336,12 @@ class LogReader:
         with self._connection.cursor(row_factory=tuple_row, binary=True) as cursor:
             cursor.execute(sql.encode(), params, prepare=prepare)
             return cursor.fetchall()
+
+
+def make_durable(connection: psycopg.Connection[Any]) -> int:
+    """Events of writers with `synchronous_commit=off` can be seen before a crash would keep them: have all kept.
+
+    Returns the xid of the transaction that it took.
+    """
+    ((xid, *_),) = connection.execute(_FLUSH).fetchall()
+    return int(xid)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import psycopg
 
 from outbox.buses.base import Bus, OutgoingMessage
-from outbox.reader import MESSAGE, LogReader
+from outbox.reader import MESSAGE, make_durable
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 _PAGE_ROWS: Final = 500
@@ -100,7 +100,7 @@ class Replay:
                 width = min(width * 2, _WIDEST)
             if page:
                 if not self._is_of_standby:
-                    LogReader(self._connection, self._schema).make_durable()
+                    make_durable(self._connection)
                 bus.send(page).wait()
             sent, position = sent + len(page), end
             yield Progress(sent, position)

@@ -24,7 +24,7 @@ from outbox.handed_over import HandedOver, Records
 from outbox.ids import new_id
 from outbox.reader import Cursor
 from outbox.rolls import RECORD_BYTES, Entry, Roll, encode, text_of
-from outbox.snapshot import SERVER, Snapshot
+from outbox.snapshot import IS_SAME_SERVER, Snapshot
 from outbox.sql import DEFAULT_SCHEMA, in_schema
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ SELECT l.lane, l.seq, l.hi, l.snapshot::pg_snapshot, l.types::jsonb
 FROM unnest(%(lanes)s::smallint[], %(epochs)s::bigint[], %(seqs)s::bigint[], %(his)s::bigint[], %(snapshots)s::text[],
     %(types)s::text[]) AS l (lane, epoch, seq, hi, snapshot, types)
 WHERE l.epoch = (SELECT e.epoch FROM {schema}.outbox_lease AS e WHERE e.lane = l.lane ORDER BY e.epoch DESC LIMIT 1)
-    AND {server} = coalesce(%(server)s, {server})
+    AND {is_same_server}
 ON CONFLICT DO NOTHING RETURNING lane
-""".replace("{server}", SERVER)
+""".replace("{is_same_server}", IS_SAME_SERVER)
 # What is delivered by the later cursor and was not by the earlier one; the three ranges are the reader's, and so are
 # order and limit, which keep the planner to the indexes. Late rows are of any lane: the limit may cut off wanted ones.
 DELIVERED_BETWEEN: Final = """

@@ -9,6 +9,8 @@ FIRST_XID: Final = 3
 SERVER: Final = "extract(epoch FROM pg_postmaster_start_time())::text"
 """Which server answers, in SQL: a pooler may put another in its place, and no connection is lost. Positions and xids
 that were seen on one mean nothing on the other, should it lack some of what was committed."""
+IS_SAME_SERVER: Final = f"{SERVER} = coalesce(%(server)s, {SERVER})"
+"""Whether it is `%(server)s` that answers; true where none is given."""
 _MOST_LOOKED_AT: Final = 64
 
 
