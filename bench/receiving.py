@@ -17,7 +17,7 @@ from bench.processes import worker
 from bench.publishing import conninfo
 from outbox.buses import Topology, open_bus
 from outbox.buses.base import OutgoingMessage
-from outbox.envelope import encode
+from outbox.writing import encode
 
 EVENTS = 20_000
 TASKS = 4_000

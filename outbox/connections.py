@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, singledispatch
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn, Protocol
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -20,30 +21,40 @@ Execute = Callable[[str, Sequence[Any], bool], Rows]
 """Runs SQL with `%s` placeholders and returns the rows, if it is to return any."""
 
 
-@singledispatch
-def executor(connection: object) -> Execute:
+class Executor(Protocol):
+    """An `Execute` that runs in the transaction which a connection has open."""
+
+    @property
+    def driver(self) -> psycopg.Connection[Any] | None:
+        """What statements reach the server through; None if it is not known to be psycopg."""
+
+    def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows: ...
+
+
+def executor(connection: object) -> Executor:
     """How to run SQL in the transaction that *connection* has open.
 
     Raises `NotInTransaction` for a connection in autocommit, `ConfigurationError` for something else than a
     SQLAlchemy `Session` or `Connection`, a psycopg connection or cursor, or Django's connection.
     """
+    if isinstance(connection, psycopg.Connection):
+        if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
+            _refuse_autocommit()
+        return _ThroughPsycopg(connection)
+    if isinstance(connection, Connection):
+        return _of_sqlalchemy(connection)
+    if isinstance(connection, Session):
+        return _of_sqlalchemy(connection.connection())
+    if isinstance(connection, scoped_session):
+        return executor(connection())
+    if isinstance(connection, psycopg.Cursor):
+        return executor(connection.connection)
     if hasattr(connection, "in_atomic_block") and hasattr(connection, "cursor"):
         return _of_django(connection)
     raise _refused(connection)
 
 
-@executor.register(Session)
-def _(connection: Session) -> Execute:
-    return executor(connection.connection())
-
-
-@executor.register(scoped_session)
-def _(connection: scoped_session[Any]) -> Execute:
-    return executor(connection())
-
-
-@executor.register(Connection)
-def _(connection: Connection) -> Execute:
+def _of_sqlalchemy(connection: Connection) -> Executor:
     driver = connection.connection.driver_connection
     if isinstance(driver, psycopg.Connection):
         # SQLAlchemy begins lazily, and knows of its transaction only if it began it.
@@ -52,55 +63,54 @@ def _(connection: Connection) -> Execute:
         return executor(driver)
     if getattr(driver, "autocommit", False) or connection.get_isolation_level() == "AUTOCOMMIT":
         _refuse_autocommit()
-    return _through_sqlalchemy(connection)
+    return _ThroughSQLAlchemy(connection)
 
 
-@executor.register(psycopg.Connection)
-def _(connection: psycopg.Connection[Any]) -> Execute:
-    if connection.autocommit and connection.pgconn.transaction_status == TransactionStatus.IDLE:
-        _refuse_autocommit()
-
-    def execute(sql: str, params: Sequence[Any], returns: bool) -> Rows:
-        if (
-            not returns
-            and can_write_directly(connection)
-            and write_directly(connection, sql, params)
-        ):
-            return []
-        with connection.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
-            cursor.execute(sql.encode(), params)
-            return cursor.fetchall() if returns else []
-
-    return execute
-
-
-@executor.register(psycopg.Cursor)
-def _(connection: psycopg.Cursor[Any]) -> Execute:
-    return executor(connection.connection)
-
-
-def _of_django(connection: Any) -> Execute:
+def _of_django(connection: Any) -> Executor:
     if not connection.in_atomic_block:
         raise NotInTransaction(
             "Django's connection is not in an atomic block, so the event would be committed by itself: "
             "publish inside `with transaction.atomic():`"
         )
+    return _ThroughDjango(connection)
 
-    def execute(sql: str, params: Sequence[Any], returns: bool) -> Rows:
-        with connection.cursor() as cursor:
+
+@dataclass(slots=True)
+class _ThroughPsycopg:
+    driver: psycopg.Connection[Any]
+
+    def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
+        if (
+            not returns
+            and can_write_directly(self.driver)
+            and write_directly(self.driver, sql, params)
+        ):
+            return []
+        with self.driver.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
+            cursor.execute(sql.encode(), params)
+            return cursor.fetchall() if returns else []
+
+
+@dataclass(slots=True)
+class _ThroughDjango:
+    connection: Any
+    driver: None = None
+
+    def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
+        with self.connection.cursor() as cursor:
             cursor.execute(sql, params)
             return [tuple(row) for row in cursor.fetchall()] if returns else []
 
-    return execute
 
+@dataclass(slots=True)
+class _ThroughSQLAlchemy:
+    connection: Connection
+    driver: None = None
 
-def _through_sqlalchemy(connection: Connection) -> Execute:
-    def execute(sql: str, params: Sequence[Any], returns: bool) -> Rows:
+    def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         named = {f"p{number}": param for number, param in enumerate(params)}
-        result = connection.execute(_named(sql), named)
+        result = self.connection.execute(_named(sql), named)
         return [tuple(row) for row in result] if returns else []
-
-    return execute
 
 
 @lru_cache(maxsize=512)

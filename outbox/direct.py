@@ -51,7 +51,7 @@ else:
         ["self", "conn"],
     ]
 
-_TEXT, _BINARY = 0, 1
+TEXT, BINARY = 0, 1
 _UTF8: Final = b"UTF8"
 _COMMAND_OK, _INTRANS, _IDLE, _NO_PIPELINE = (
     ExecStatus.COMMAND_OK,
@@ -90,8 +90,20 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
     given = _as_libpq_takes_them(params)
     if given is None:
         return False
-    values, formats = given
-    statement = _statement(sql)
+    send_directly(connection, direct_statement(sql), *given)
+    return True
+
+
+def send_directly(
+    connection: psycopg.Connection[Any],
+    statement: Statement,
+    values: Sequence[bytes | None],
+    formats: Sequence[int],
+) -> None:
+    """Execute *statement* with *values* as libpq takes them, each in its format (`TEXT`, `BINARY`).
+
+    Its result is dropped. Raises what a cursor raises.
+    """
     with connection.lock:
         account = _account(connection)
         if account is None:
@@ -99,7 +111,6 @@ def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequen
             results_of(connection)
         else:
             _execute(connection, account, statement, values, formats)
-    return True
 
 
 def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
@@ -201,11 +212,11 @@ def _as_libpq_takes_them(
             values.append(b"t" if param else b"f")
         elif kind is bytes or kind is UUID:
             values.append(param if kind is bytes else param.bytes)
-            formats.append(_BINARY)
+            formats.append(BINARY)
             continue
         else:
             return None
-        formats.append(_TEXT)
+        formats.append(TEXT)
     return values, formats
 
 
@@ -256,7 +267,8 @@ def results_of(
 
 
 @lru_cache(maxsize=512)
-def _statement(sql: str) -> Statement:
+def direct_statement(sql: str) -> Statement:
+    """*sql*, with `%s` for each parameter, as libpq takes it."""
     first, *rest = sql.split("%s")
     return Statement(
         (first + "".join(f"${number}{part}" for number, part in enumerate(rest, 1))).encode()

@@ -60,6 +60,11 @@ class EventType:
     """Whether the key's events carry a gapless sequence and reach every handler in that order."""
 
     @cached_property
+    def aggregate(self) -> str:
+        """The first part of its name: what it happened to, and by default who says so."""
+        return self.name.split(".", 1)[0]
+
+    @cached_property
     def adapter(self) -> TypeAdapter[Any]:
         """What reads and writes payloads. Raises `ConfigurationError` for a class that pydantic cannot use."""
         try:

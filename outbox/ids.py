@@ -16,16 +16,17 @@ if sys.version_info >= (3, 14):
 else:
     from uuid_utils import uuid7 as _uuid7
 
-    _new, _set = object.__new__, object.__setattr__
-    _is_safe = SafeUUID.unknown
+    _new = object.__new__
+    _set_number, _set_safety = (vars(UUID)[name].__set__ for name in ("int", "is_safe"))
+    _unknown = SafeUUID.unknown
 
     def new_id_and_text() -> tuple[UUID, str]:
         """A new UUIDv7, and its text, which is made in a tenth of the time that `str` of a `UUID` takes."""
         made = _uuid7()
         # As `uuid_utils.compat` makes them: the constructor looks into seven arguments.
         event_id = _new(UUID)
-        _set(event_id, "int", made.int)
-        _set(event_id, "is_safe", _is_safe)
+        _set_number(event_id, made.int)
+        _set_safety(event_id, _unknown)
         return event_id, str(made)
 
 

@@ -11,7 +11,6 @@ looks for strings is quadratic in quotes that are never closed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -52,9 +51,10 @@ class Limits:
         """The size up to which a flat object is within all limits, whatever is in it."""
         return min(self.size, self.nodes, self.number_length) if self.depth else 0
 
-    def allows_plain(self, value: Mapping[str, object]) -> bool:
-        """Whether an object of texts, truth values and integers of 19 characters at most is within the limits."""
-        return len(value) <= self.nodes and self.depth > 0 and self.number_length > 18
+    @cached_property
+    def plain_values(self) -> int:
+        """As many texts, truth values and integers of 19 characters as one object may have."""
+        return self.nodes if self.depth > 0 and self.number_length > 18 else 0
 
     def parse_flat(self, body: bytes) -> dict[str, Any] | None:
         """What `parse` makes of *body*, if it is plain at a glance that nothing is wrong with it; else None.
@@ -80,6 +80,11 @@ class Limits:
         if members != body.count(b",") + 1 and members != body.count(b":"):
             return None
         return None if float in map(type, value.values()) else value
+
+    def check(self, body: bytes) -> None:
+        """Raises what `parse` raises."""
+        if self.parse_flat(body) is None:
+            self.parse(body)
 
     def parse(self, body: bytes) -> Any:
         """The JSON value in *body*, checked first.

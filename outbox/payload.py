@@ -23,7 +23,7 @@ from pydantic_core import PydanticSerializationError
 
 from outbox.errors import ConfigurationError, InvalidPayload
 from outbox.events import EventType, brief
-from outbox.plain import plain_values
+from outbox.plain import write_plain
 
 _TIME_WITHOUT_ZONE = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d+)?"')
 _NUL = b"\\u0000"
@@ -35,21 +35,18 @@ _Path = tuple[Any, str]
 """The path of what a value is in, and the part that leads on from there."""
 
 
-def write_payload(
-    event_type: EventType, payload: object
-) -> tuple[bytes, dict[str, str | int | None] | None]:
-    """*payload* as JSON; and what a reader makes of that, where it is known without reading it (`outbox.plain`).
+def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
+    """*payload* as JSON; and whether it is plain (`outbox.plain`), so that only its number of values can offend.
 
     Raises `InvalidPayload`, naming the field, if a reader would not get it back, and `ConfigurationError` if its class
     is not complete.
     """
-    adapter = event_type.adapter
     try:
         fields = event_type.plain_fields
-        plain = None if fields is None else plain_values(fields, payload)
+        if fields is not None and (data := write_plain(fields, payload)) is not None:
+            return data, True
+        adapter = event_type.adapter
         data = adapter.serializer.to_json(payload, by_alias=event_type.by_alias, warnings="error")
-        if plain is not None and _NUL not in data:
-            return data, plain
         if event_type.hides_times or _may_be_unstorable(data):
             _refuse_unstorable(event_type, payload)
         # What cannot be read back would stop every consumer: find it here, before the commit.
@@ -70,7 +67,7 @@ def write_payload(
         raise InvalidPayload(
             f"{event_type} was refused: {type(error).__name__} in its validation"
         ) from error
-    return data, None
+    return data, False
 
 
 def _may_be_unstorable(data: bytes) -> bool:

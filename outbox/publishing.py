@@ -26,16 +26,25 @@ from sqlalchemy import Connection
 from sqlalchemy import event as sqlalchemy_events
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-from outbox.connections import Execute, executor
+from outbox.connections import Executor, executor
 from outbox.context import current
 from outbox.counting import Counted, draw
+from outbox.direct import (
+    BINARY,
+    TEXT,
+    Statement,
+    can_write_directly,
+    direct_statement,
+    send_directly,
+)
 from outbox.doorbell import announce
-from outbox.envelope import Envelope, encode
+from outbox.envelope import Envelope
 from outbox.errors import ConfigurationError, NotInTransaction
 from outbox.events import EventType, Registry
 from outbox.events import registry as default_registry
 from outbox.limits import DEFAULT_LIMITS, Limits
 from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.writing import Written, write
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -49,14 +58,15 @@ INSERT INTO {{schema}}.outbox_event {_COLUMNS}
 SELECT * FROM unnest(%s::smallint[], %s::uuid[], %s::text[], %s::integer[], %s::text[], %s::bigint[], %s::bytea[])
 """  # noqa: S608
 
-Event = tuple[EventType, Envelope]
+_LANE_TEXTS = tuple(b"%d" % lane for lane in range(LANES))
+_FORMATS = (TEXT, BINARY, TEXT, TEXT, TEXT, TEXT, BINARY)
 
 
 @dataclass(slots=True)
 class _Held:
     core: Connection
-    execute: Execute
-    events: list[tuple[str, Event]]
+    execute: Executor
+    events: list[tuple[str, Written]]
     """Each with the schema that it is for."""
     is_written: bool = False
 
@@ -86,7 +96,7 @@ def publish(
     """
     made = _made(event, registry, source, caused_by, correlation_id, extensions, limits)
     _append_all(connection, [made], schema)
-    return made[1].id
+    return made.id
 
 
 def publish_all(
@@ -107,7 +117,7 @@ def publish_all(
         for event in events
     ]
     _append_all(connection, made, schema)
-    return [envelope.id for _, envelope in made]
+    return [event.id for event in made]
 
 
 async def apublish(
@@ -139,7 +149,8 @@ def append(
     connection: Any, envelope: Envelope, event_type: EventType, *, schema: str = DEFAULT_SCHEMA
 ) -> None:
     """Write an envelope that was made before (`encode`), as `publish` writes its own."""
-    _append_all(connection, [(event_type, envelope)], schema)
+    written = Written(event_type, envelope.id, envelope.source, envelope.key, envelope.body)
+    _append_all(connection, [written], schema)
 
 
 def _made(
@@ -150,19 +161,19 @@ def _made(
     correlation_id: str | None,
     extensions: Mapping[str, str | int] | None,
     limits: Limits,
-) -> Event:
+) -> Written:
     handled = current()
     if handled is not None:
         caused_by = caused_by or handled.envelope
         source = source or handled.service
     event_type = registry.of(event)
-    return event_type, encode(
-        event_type, event, source=source or event_type.name.split(".", 1)[0], caused_by=caused_by,
-        correlation_id=correlation_id, extensions=extensions, limits=limits,
+    return write(
+        event_type, event, source=source or event_type.aggregate, caused_by=caused_by, correlation_id=correlation_id,
+        extensions=extensions, limits=limits,
     )  # fmt: skip
 
 
-def _append_all(connection: Any, events: Sequence[Event], schema: str) -> None:
+def _append_all(connection: Any, events: Sequence[Written], schema: str) -> None:
     announce(schema)
     if isinstance(connection, scoped_session):
         connection = connection()
@@ -228,33 +239,51 @@ def _listen() -> None:
         sqlalchemy_events.listen(Session, "after_transaction_create", _write_ahead_of_savepoint)
 
 
-def _write(execute: Execute, events: Sequence[Event], schema: str) -> None:
-    is_ordered = any(event_type.ordered for event_type, _ in events)
-    sequences = _count(execute, events, schema) if is_ordered else [None] * len(events)
+def _write(execute: Executor, events: Sequence[Written], schema: str) -> None:
     if len(events) == 1:
-        execute(in_schema(_INSERT_ONE, schema), _row(events[0][1], sequences[0]), False)
+        _write_one(execute, events[0], schema)
     elif events:
-        rows = [
-            _row(envelope, key_seq)
-            for (_, envelope), key_seq in zip(events, sequences, strict=True)
-        ]
+        sequences = _count(execute, events, schema)
+        rows = [_row(event, seq) for event, seq in zip(events, sequences, strict=True)]
         columns = [list(column) for column in zip(*rows, strict=True)]
         execute(in_schema(_INSERT_MANY, schema), columns, False)
 
 
-def _row(envelope: Envelope, key_seq: int | None) -> tuple[Any, ...]:
+def _write_one(execute: Executor, event: Written, schema: str) -> None:
+    event_type = event.event_type
+    (key_seq,) = _count(execute, [event], schema) if event_type.ordered else (None,)
+    driver = execute.driver
+    if driver is None or not can_write_directly(driver):
+        execute(in_schema(_INSERT_ONE, schema), _row(event, key_seq), False)
+        return
+    key, id_bytes = None if event.key is None else event.key.encode(), event.id.bytes
+    values = (
+        _LANE_TEXTS[lane_of(key, id_bytes)], id_bytes, event_type.name.encode(), b"%d" % event_type.version, key,
+        None if key_seq is None else b"%d" % key_seq, event.body,
+    )  # fmt: skip
+    send_directly(driver, _insert_one(schema), values, _FORMATS)
+
+
+@cache
+def _insert_one(schema: str) -> Statement:
+    return direct_statement(in_schema(_INSERT_ONE, schema))
+
+
+def _row(event: Written, key_seq: int | None) -> tuple[Any, ...]:
+    event_type, key = event.event_type, None if event.key is None else event.key.encode()
+    lane = lane_of(key, event.id.bytes)
     return (
-        lane_of(envelope), envelope.id, envelope.type, envelope.version, envelope.key, key_seq, envelope.body,
+        lane, event.id, event_type.name, event_type.version, event.key, key_seq, event.body,
     )  # fmt: skip
 
 
-def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int | None]:
+def _count(execute: Executor, events: Sequence[Written], schema: str) -> list[int | None]:
     """The numbers of ordered events within their keys, drawn key by key in sorted order, lest two writers deadlock."""
     places = [
-        Counted(envelope.source, event_type.name, envelope.key)
-        if event_type.ordered and envelope.key is not None
+        Counted(event.source, event.event_type.name, event.key)
+        if event.event_type.ordered and event.key is not None
         else None
-        for event_type, envelope in events
+        for event in events
     ]
     counts = Counter(place for place in places if place is not None)
     following: dict[Counted, int] = {}
@@ -270,8 +299,6 @@ def _count(execute: Execute, events: Sequence[Event], schema: str) -> list[int |
     return sequences
 
 
-def lane_of(envelope: Envelope) -> int:
+def lane_of(key: bytes | None, event_id: bytes) -> int:
     """The lane of an event: the same for the same key, for ever; keyless events spread out."""
-    return crc32(envelope.key.encode() if envelope.key is not None else envelope.id.bytes) & (
-        LANES - 1
-    )
+    return crc32(event_id if key is None else key) & (LANES - 1)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from outbox.envelope import Envelope, decode, encode
+from outbox.envelope import Envelope, decode
 from outbox.events import Registry
 from outbox.service import Delivery
 from outbox.statements import storable
+from outbox.writing import encode
 from saga.context import SAGA_ID, CurrentSaga, working_for
 from saga.declaration import Deadline, Start
 from saga.errors import OutsideSaga

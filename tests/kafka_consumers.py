@@ -15,7 +15,8 @@ from sqlalchemy import Engine, create_engine, text
 
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.kafka import KafkaBus
-from outbox.envelope import Envelope, encode
+from outbox.envelope import Envelope
+from outbox.writing import encode
 from tests.apps import billing
 from tests.kafka_brokers import Kafka
 from tests.workers import ROOT, eventually

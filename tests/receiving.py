@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox.envelope import Envelope, encode
+from outbox.envelope import Envelope
 from outbox.events import Registry
 from outbox.receive import Receipt, Receiver, ReceiveSettings
 from outbox.service import RetryPolicy, Service
 from outbox.transactions import NotSettled
+from outbox.writing import encode
 
 AT_ONCE = RetryPolicy(attempts=3, first=timedelta(0), cap=timedelta(0))
 PATIENT = ReceiveSettings(patience=timedelta(seconds=20))

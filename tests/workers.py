@@ -22,7 +22,8 @@ from sqlalchemy import Engine, create_engine, text
 from outbox.buses.base import OutgoingMessage
 from outbox.buses.message import celery_message
 from outbox.buses.topology import QueueType, Topology, kombu_queue
-from outbox.envelope import Envelope, encode
+from outbox.envelope import Envelope
+from outbox.writing import encode
 from tests.apps import billing
 
 R = TypeVar("R")

@@ -20,13 +20,14 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from outbox import pending
-from outbox.envelope import decode, encode
+from outbox.envelope import decode
 from outbox.events import EventType
 from outbox.ids import new_id
 from outbox.receive import ReceiveSettings
 from outbox.service import Service
 from outbox.statements import statement
 from outbox.work import Outcome
+from outbox.writing import encode
 from saga.context import SAGA_ID
 from saga.control import ABORTED, COMPLETED, CONTROL_EVENTS, SagaAborted, SagaCompleted
 from saga.testing.choreography import Choreography, Message, soonest

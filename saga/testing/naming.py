@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
-import outbox.envelope
+import outbox.writing
 import saga.start
 from outbox import payload as payload_module
 from outbox.events import EventType
@@ -41,7 +40,7 @@ class Naming:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        def write_payload(event_type: EventType, payload: object) -> tuple[bytes, Any]:
+        def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
             written = payload_module.write_payload(event_type, payload)
             self._content = str(event_type).encode() + written[0]
             return written
@@ -54,9 +53,9 @@ class Naming:
             return int(self.now.timestamp() * 1_000_000) * 1_000
 
         with (
-            patch.object(outbox.envelope, "write_payload", write_payload),
-            patch.object(outbox.envelope, "new_id_and_text", new_id_and_text),
-            patch.object(outbox.envelope, "time_ns", time_ns),
+            patch.object(outbox.writing, "write_payload", write_payload),
+            patch.object(outbox.writing, "new_id_and_text", new_id_and_text),
+            patch.object(outbox.writing, "time_ns", time_ns),
             patch.object(saga.start, "new_id", lambda: self._id(b"saga")),
         ):
             yield

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox.envelope import encode
 from outbox.events import Registry
 from outbox.intake import Incoming
 from outbox.receive import Receiver
+from outbox.writing import encode
 from saga import Participant, operating
 from saga.operating import Operator
 

@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_serializer, field_validator
 
-from outbox.envelope import Envelope, decode, encode
+from outbox.envelope import Envelope, decode
 from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, PayloadTooLarge
 from outbox.events import Registry
 from outbox.ids import created_at, new_id
 from outbox.limits import Limits
+from outbox.writing import encode
 
 registry = Registry()
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
