@@ -73,7 +73,7 @@ class Statement:
 
 
 def can_write_directly(connection: psycopg.Connection[Any]) -> bool:
-    """Whether `write_directly` would do on *connection* now what a cursor does."""
+    """Whether `write_directly` and `send_directly` would do on *connection* now what a cursor does."""
     pgconn = connection.pgconn
     return (
         pgconn.transaction_status == _INTRANS

@@ -172,5 +172,5 @@ def shown(value: object) -> str:
         value = value[:100]
     elif not isinstance(value, int | float | bool | None):
         return f"a {type(value).__name__}"
-    shown = repr(value)
-    return shown if len(shown) <= 120 else f"{shown[:120]}…"
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -43,15 +43,17 @@ def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
     """
     try:
         fields = event_type.plain_fields
-        if fields is not None and (data := write_plain(fields, payload)) is not None:
-            return data, True
+        if fields is not None and type(payload) is event_type.payload_class:
+            written = write_plain(fields, payload)
+            if written is not None:
+                return written, True
         adapter = event_type.adapter
         data = adapter.serializer.to_json(payload, by_alias=event_type.by_alias, warnings="error")
         if event_type.hides_times or _may_be_unstorable(data):
             _refuse_unstorable(event_type, payload)
         # What cannot be read back would stop every consumer: find it here, before the commit.
         adapter.validator.validate_json(data)
-    except InvalidPayload:
+    except (ConfigurationError, InvalidPayload):
         raise
     except PydanticUserError as error:
         raise ConfigurationError(f"{event_type} cannot be written: {error}") from error

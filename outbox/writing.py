@@ -114,8 +114,8 @@ def encode(
 
 
 def _now() -> str:
-    now = time_ns()
-    return f"{_second(now // 1_000_000_000)}.{str(now)[-9:-3]}Z"
+    seconds, nanoseconds = divmod(time_ns(), 1_000_000_000)
+    return f"{_second(seconds)}.{nanoseconds // 1_000:06d}Z"
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_serializer, field_validator
 
+from outbox import writing
 from outbox.envelope import Envelope, decode
 from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, PayloadTooLarge
 from outbox.events import Registry
@@ -198,6 +199,16 @@ def test_the_attributes_are_those_of_the_bytes() -> None:
     assert envelope.id == UUID(body["id"])
     assert datetime.fromisoformat(body["time"]) == envelope.time
     assert before <= envelope.time <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize("microseconds", [0, 1, 999_999, 1_000_000, -1, -1_500_000, 2**50])
+def test_the_time_is_told_whatever_the_clock_says(
+    microseconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "time_ns", lambda: microseconds * 1_000 + 999)
+    told = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
+    body = json.loads(encoded(OrderNoted(1)).body)
+    assert body["time"] == told.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def test_an_envelope_cannot_be_changed() -> None:

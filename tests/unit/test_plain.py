@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validat
 
 from outbox import payload as payload_module
 from outbox.envelope import decode
-from outbox.errors import InvalidPayload
+from outbox.errors import ConfigurationError, InvalidPayload
 from outbox.events import EventType
 from outbox.limits import Limits
 from outbox.payload import write_payload
@@ -30,6 +30,15 @@ class Dataclass:
     note: str = "none"
     is_paid: bool = False
     voucher: str | None = None
+
+
+@dataclass
+class KeywordFirst:
+    note: str = field(default="none", kw_only=True)
+    order_id: UUID
+    number: int
+    is_paid: bool = False
+    voucher: str | None = field(default=None, kw_only=True)
 
 
 class Model(BaseModel):
@@ -138,11 +147,43 @@ class Slotted:
     number: int
 
 
+class Shouting:
+    """Keeps a text beside the others, and reads it out in capitals."""
+
+    def __get__(self, instance: Any, owner: type[Any]) -> str:
+        return "none" if instance is None else vars(instance)["text"].upper()
+
+    def __set__(self, instance: Any, text: str) -> None:
+        vars(instance)["text"] = text
+
+
+@dataclass
+class Descriptive:
+    text: str = Shouting()  # type: ignore[assignment]
+
+
+@dataclass
+class Interposed:
+    text: str
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value.upper() if name == "text" else value
+
+
+class Arbitrary: ...
+
+
+@dataclass
+class Unusable:
+    arbitrary: Arbitrary
+
+
 def type_of(payload_class: type[Any]) -> EventType:
     return EventType("thing.made", 1, payload_class)
 
 
-TYPES = {cls: type_of(cls) for cls in (Dataclass, Model)}
+TYPES = {cls: type_of(cls) for cls in (Dataclass, KeywordFirst, Model)}
 
 
 def looked_at(payload: object) -> tuple[bytes, bool]:
@@ -165,6 +206,7 @@ def test_flat_classes_are_plain(payload_class: type[Any]) -> None:
 @pytest.mark.parametrize("payload_class", [
     Aliased, Constrained, Validated, ValidatedWhole, Computed, PostInit, OwnInit, Excluded, Open, Configured, Floating,
     Chosen, Nested, WithPostInit, NotGiven, Slotted,
+    Descriptive, Interposed,
 ])  # fmt: skip
 def test_a_class_with_anything_more_to_it_is_not_plain(payload_class: type[Any]) -> None:
     assert type_of(payload_class).plain_fields is None
@@ -214,6 +256,25 @@ def test_what_is_held_beside_the_fields_is_not_written(payload_class: type[Any])
     assert outcome(lambda: write_payload(TYPES[payload_class], payload)) == outcome(
         lambda: looked_at(payload)
     )
+
+
+@pytest.mark.parametrize("payload_class", [Descriptive, Interposed])
+def test_what_a_dataclass_says_its_field_is_is_written(payload_class: type[Any]) -> None:
+    assert write_payload(type_of(payload_class), payload_class("abc"))[0] == b'{"text":"ABC"}'
+
+
+def test_an_object_of_another_class_is_not_taken_for_one_with_the_same_fields() -> None:
+    class Alike:
+        def __init__(self) -> None:
+            vars(self).update(vars(Dataclass(UUID(int=1), 2)))
+
+    with pytest.raises(InvalidPayload, match="Alike"):
+        write_payload(TYPES[Dataclass], Alike())
+
+
+def test_a_class_that_pydantic_cannot_use_is_not_an_invalid_payload() -> None:
+    with pytest.raises(ConfigurationError, match="Unusable cannot be the payload"):
+        write_payload(type_of(Unusable), Unusable(Arbitrary()))
 
 
 def test_an_envelope_has_what_its_bytes_say() -> None:
