@@ -17,8 +17,8 @@ from uuid import UUID
 from outbox.errors import MalformedMessage
 from outbox.limits import DEFAULT_LIMITS, Limits
 
+MAX_VERSION = 2**31 - 1
 _MAX_ATTRIBUTE_LENGTH = 1_000
-_MAX_VERSION = 2**31 - 1
 RESERVED = frozenset({
     "specversion", "id", "source", "type", "time", "datacontenttype", "dataschema", "subject", "eventversion",
     "partitionkey", "correlationid", "causationid", "data", "data_base64",
@@ -150,7 +150,7 @@ def _uuid(name: str, value: str) -> UUID:
 
 def _version(raw: Mapping[str, Any]) -> int:
     version = raw.get("eventversion", 1)
-    if type(version) is not int or not 0 < version <= _MAX_VERSION:
+    if type(version) is not int or not 0 < version <= MAX_VERSION:
         raise ValueError(f"eventversion is {shown(version)}, not an integer from 1 on")
     return version
 

@@ -30,6 +30,7 @@ from pydantic.errors import (
 )
 from pydantic_core import to_json
 
+from outbox.envelope import MAX_VERSION
 from outbox.errors import (
     ConfigurationError,
     InvalidPayload,
@@ -104,11 +105,11 @@ class EventType:
             return None
         try:
             value = getattr(payload, self.key) if isinstance(self.key, str) else self.key(payload)
+            if type(value) is UUID:
+                return str(value)
+            text = str(value) if type(value) is int else _key_text(value)
         except Exception as error:
             raise InvalidPayload(f"{self}: its key could not be taken: {error!r}") from error
-        if type(value) is UUID or type(value) is int:
-            return str(value)
-        text = _key_text(value)
         if not 0 < len(text) <= _MAX_KEY_LENGTH or "\x00" in text or not _is_unicode(text):
             raise InvalidPayload(
                 f"{self}: the key {self.key!r} is {value!r:.60}; it must be text, an integer, a UUID, an Enum of them "
@@ -286,8 +287,10 @@ def _check_declaration(event_type: EventType) -> None:
             f"{where}: {name!r} is no event type name; write dotted lower-case words, aggregate first, "
             'what happened last, as in "order.created"'
         )
-    if event_type.version < 1:
-        raise ConfigurationError(f"{where}: version is {event_type.version}; versions start at 1")
+    if not 0 < event_type.version <= MAX_VERSION:
+        raise ConfigurationError(
+            f"{where}: version is {event_type.version}; versions are 1 to {MAX_VERSION:,}"
+        )
     if event_type.ordered and event_type.key is None:
         raise ConfigurationError(f"{where}: ordered=True needs key=...: order is kept per key")
     cls, key = event_type.payload_class, event_type.key

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, field_serializer, 
 from outbox import writing
 from outbox.envelope import Envelope, decode
 from outbox.errors import ConfigurationError, InvalidPayload, MalformedMessage, PayloadTooLarge
-from outbox.events import Registry
+from outbox.events import EventType, Registry
 from outbox.ids import created_at, new_id
 from outbox.limits import Limits
 from outbox.writing import encode
@@ -209,6 +209,19 @@ def test_the_time_is_told_whatever_the_clock_says(
     told = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
     body = json.loads(encoded(OrderNoted(1)).body)
     assert body["time"] == told.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@pytest.mark.parametrize("version", [0, 2**31])
+def test_a_version_that_no_reader_takes_is_refused_where_it_is_declared(version: int) -> None:
+    with pytest.raises(ConfigurationError, match="versions are 1 to 2,147,483,647"):
+        Registry().event("order.noted", version=version)(OrderNoted)
+
+
+@pytest.mark.parametrize("digits", [256, 1_001, 5_000])
+def test_a_number_too_long_for_a_key_is_refused(digits: int) -> None:
+    too_long = EventType("order.noted", 1, OrderNoted, key=lambda _: 10 ** (digits - 1))
+    with pytest.raises(InvalidPayload, match=r"order\.noted v1: (the|its) key"):
+        encode(too_long, OrderNoted(1), source="x")
 
 
 def test_an_envelope_cannot_be_changed() -> None:
