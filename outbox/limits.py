@@ -39,7 +39,7 @@ class Limits:
     nodes: int = 100_000
     """Values in all, counted as separators and opening brackets."""
     number_length: int = 400
-    """Characters of one number; 6 at least."""
+    """Characters of one number; 11 at least, as the envelope's own may have."""
 
     @cached_property
     def of_data(self) -> Limits:

@@ -115,7 +115,8 @@ def encode(
 
 def _now() -> str:
     seconds, nanoseconds = divmod(time_ns(), 1_000_000_000)
-    return f"{_second(seconds)}.{nanoseconds // 1_000:06d}Z"
+    # A format of `06d` would be read anew each time.
+    return f"{_second(seconds)}.{str(1_000_000_000 + nanoseconds)[1:7]}Z"
 
 
 @lru_cache(maxsize=4)
