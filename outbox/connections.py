@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import psycopg
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
@@ -86,7 +87,11 @@ class _ThroughPsycopg:
             and write_directly(self.driver, sql, params)
         ):
             return []
-        with self.driver.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
+        driver = self.driver
+        # A raw one would not take `%s`.
+        is_raw = issubclass(driver.cursor_factory, psycopg.RawCursor)
+        kind = psycopg.Cursor if is_raw else driver.cursor_factory
+        with kind(driver, row_factory=tuple_row) as cursor:
             cursor.execute(sql.encode(), params)
             return cursor.fetchall() if returns else []
 

@@ -75,6 +75,17 @@ def test_text_arrives_whatever_the_clients_encoding_is(
     assert rows(connection)[0][1] == "näme"
 
 
+@pytest.mark.parametrize("kind", [psycopg.Cursor, psycopg.ClientCursor, psycopg.RawCursor])
+def test_it_runs_whatever_kind_of_cursor_the_connection_makes(
+    connection: psycopg.Connection, kind: type[psycopg.Cursor]
+) -> None:
+    connection.cursor_factory = kind
+    returned = executor(connection)(f"{INSERT} RETURNING number", (uuid4(), "a", 7, b"", 1), True)
+    assert returned == [(7,)]
+    executor(connection)(INSERT, (uuid4(), "a", 8, b"", 1), False)
+    assert sorted(int(str(row[2])) for row in rows(connection)) == [7, 8]
+
+
 def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Connection) -> None:
     with connection.pipeline():
         connection.execute("SELECT 1")
