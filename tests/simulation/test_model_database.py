@@ -101,6 +101,7 @@ SCRIPTS: dict[str, list[str]] = {
     "three_wait_in_line": [f"1 {TAKE_ONE}", f"2 {TAKE_ONE}", "1 COMMIT", f"3 {TAKE_ONE}", "2 COMMIT", "3 COMMIT"],
     "null_compares_to_nothing": ["1 SELECT sku FROM item WHERE note = 'x' OR NOT note = 'x'", "1 SELECT count(*) FROM item WHERE note IS NULL"],
     "aggregates_of_no_rows": ["1 SELECT count(*), sum(stock), max(stock) FROM item WHERE sku = 'none'", "1 SELECT sku, sum(stock) FROM item GROUP BY sku HAVING sum(stock) > 0"],
+    "aggregate_in_a_subquery_leaves_the_rows_as_they_are": ["1 SELECT sku, (SELECT count(*) FROM inbox) FROM item WHERE stock > 0", "1 SELECT (SELECT count(*) FROM item) FROM item WHERE stock > 9"],
     "rows_of_a_list": ["1 SELECT sku FROM item WHERE sku = ANY(ARRAY['apple', 'fig']) OR sku IN (SELECT 'pear')", "1 SELECT exists(SELECT 1 FROM item WHERE stock = 0)"],
 }  # fmt: skip
 

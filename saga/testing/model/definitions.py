@@ -29,6 +29,11 @@ def define(node: exp.Expression, storage: Storage) -> None:
     elif isinstance(node, exp.Drop):
         if node.kind == "TABLE":
             storage.tables.pop(table_name(node.this), None)
+    elif isinstance(node, exp.Alter):
+        for action in node.args["actions"]:
+            if isinstance(action, exp.AlterColumn) and "allow_null" in action.args:
+                column = storage.tables[table_name(node.this)].columns[action.name]
+                column.not_null = not action.args["allow_null"]
     else:
         raise ModelGap(f"the model database does not know {node.sql('postgres')}")
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg
-import sqlglot
 from psycopg import errors
 from sqlalchemy import create_engine
 from sqlalchemy.dialects import registry as dialects
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import NullPool
-from sqlglot import exp
-from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
 from saga.testing.model.definitions import define
 from saga.testing.model.expressions import Environment
+from saga.testing.model.functions import define_function
+from saga.testing.model.parsing import parse
 from saga.testing.model.statements import Result, execute
 from saga.testing.model.storage import Storage, Transaction, Wait
 
@@ -36,17 +34,12 @@ _SETTING = re.compile(
     r"\s*(SET|SHOW|GRANT|COMMENT|TRUNCATE|ALTER|DO|CREATE\s+(SCHEMA|SEQUENCE)|DROP\s+(SCHEMA|SEQUENCE))\b",
     re.IGNORECASE,
 )
+_NULLABLE = re.compile(r"\s*ALTER\s+TABLE\b.*\b(SET|DROP)\s+NOT\s+NULL\b", re.IGNORECASE)
+_FUNCTION = re.compile(r"\s*CREATE\s+(OR\s+REPLACE\s+)?FUNCTION\b", re.IGNORECASE)
 _PARTITION = re.compile(r"\bPARTITION\s+OF\b", re.IGNORECASE)
 _PARTITIONED = re.compile(
     r"\)\s*(PARTITION\s+BY\s+.*|WITH\s*\(.*\)\s*)$", re.IGNORECASE | re.DOTALL
 )
-
-
-@cache
-def _parse(sql: str) -> exp.Expression:
-    parsed = sqlglot.parse_one(sql, read="postgres")
-    assert isinstance(parsed, exp.Expression)
-    return normalize_identifiers(parsed, dialect="postgres")
 
 
 def engine_on(connect: Callable[[], Connection]) -> Engine:
@@ -190,12 +183,17 @@ class Cursor:
 
     def _run(self, sql: str, params: Mapping[str, Any], transaction: Transaction) -> Result:
         storage = self.connection.database.storage
-        if _SETTING.match(sql) or _PARTITION.search(sql):
-            return Result([], [], -1)
-        if sql.lstrip()[:6].upper() in {"CREATE", "DROP T"}:
-            define(_parse(_PARTITIONED.sub(")", sql)), storage)
-            return Result([], [], -1)
-        return execute(_parse(sql), Environment(storage, transaction, params))
+        if _FUNCTION.match(sql):
+            define_function(sql, storage)
+        elif _NULLABLE.match(sql):
+            define(parse(sql), storage)
+        elif _SETTING.match(sql) or _PARTITION.search(sql):
+            pass
+        elif sql.lstrip()[:6].upper() in {"CREATE", "DROP T"}:
+            define(parse(_PARTITIONED.sub(")", sql)), storage)
+        else:
+            return execute(parse(sql), Environment(storage, transaction, params))
+        return Result([], [], -1)
 
     def _savepoint(self, verb: str, name: str, transaction: Transaction) -> None:
         storage = self.connection.database.storage

@@ -106,6 +106,10 @@ def alike(left: Any, right: Any) -> tuple[Any, Any]:
                 changed = UUID(one)
             elif isinstance(other, datetime):
                 changed = datetime.fromisoformat(one)
+            elif isinstance(other, bytes):
+                changed = _bytes(one)
+            elif isinstance(other, list):
+                changed = [alike(item, other[0])[0] if other else item for item in items_of(one)]
             elif isinstance(other, int | float | Decimal):
                 changed = type(other)(one)
             return (changed, right) if one is left else (left, changed)
@@ -278,7 +282,7 @@ def caster(type_name: str) -> Callable[[Any], Any]:
     convert: Callable[[Any], Any]
     if name.endswith("[]"):
         inner = caster(name[:-2])
-        convert = lambda value: [inner(item) for item in value]  # noqa: E731
+        convert = lambda value: [inner(item) for item in items_of(value)]  # noqa: E731
     elif name in {"UUID"}:
         convert = lambda value: value if isinstance(value, UUID) else UUID(str(value))  # noqa: E731
     elif name in {"INT", "INTEGER", "BIGINT", "SMALLINT", "XID8"}:
@@ -290,7 +294,7 @@ def caster(type_name: str) -> Callable[[Any], Any]:
     elif name in {"TIMESTAMPTZ", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}:
         convert = lambda value: datetime.fromisoformat(value) if isinstance(value, str) else value  # noqa: E731
     elif name in {"BYTEA", "VARBINARY", "BYTES"}:
-        convert = bytes
+        convert = _bytes
     elif name in {"BOOLEAN", "BOOL"}:
         convert = lambda value: value in (True, "t", "true", 1)  # noqa: E731
     elif name in {"INTERVAL"}:
@@ -300,6 +304,23 @@ def caster(type_name: str) -> Callable[[Any], Any]:
     else:
         convert = lambda value: value  # noqa: E731
     return lambda value: None if value is None else convert(value)
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, str):
+        return bytes(value)
+    if "\\" in value:
+        raise ModelGap(f"the model database does not know the bytea {value!r}")
+    return value.encode()
+
+
+def items_of(value: Any) -> Iterable[Any]:
+    """The items of an array, which may be written as text: '{}', '{1,2}'."""
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]
+    if re.fullmatch(r"\{[^{}\"\\ ]*\}", value) is None:
+        raise ModelGap(f"the model database does not know the array {value!r}")
+    return value[1:-1].split(",") if value != "{}" else []
 
 
 _INTERVAL = re.compile(
@@ -419,6 +440,32 @@ def _function(node: exp.Expression) -> Compiled:
     raise ModelGap(f"the model database does not know the function {name}()")
 
 
+def _defined_function(node: exp.Expression) -> Compiled:
+    """A call of what the schema defines: `outbox.count_busy_key(...)`."""
+    name, call = f"{node.this.name}.{node.expression.name}", node.expression
+    if not isinstance(node.this, exp.Identifier) or not isinstance(call, exp.Anonymous):
+        raise ModelGap(f"the model database does not know {node.sql('postgres')}")
+    arguments = [compile_expression(argument) for argument in call.expressions]
+
+    def run(env: Environment) -> Any:
+        if name not in env.storage.functions:
+            raise ModelGap(f"the model database does not know the function {name}()")
+        values = [argument(env) for argument in arguments]
+        return env.storage.functions[name](env.storage, env.transaction, values)
+
+    return run
+
+
+def _position(node: exp.Expression) -> Compiled:
+    text, part = compile_expression(node.this), compile_expression(node.args["substr"])
+
+    def run(env: Environment) -> int | None:
+        a, b = alike(text(env), part(env))
+        return None if a is None or b is None else a.find(b) + 1
+
+    return run
+
+
 def _uuid(_: exp.Expression) -> Compiled:
     return lambda env: UUID(int=env.storage.next_value("gen_random_uuid"))
 
@@ -478,5 +525,7 @@ _BUILDERS: dict[type[exp.Expression], Callable[[exp.Expression], Compiled]] = {
     exp.LogicalOr: _aggregate(lambda values: any(values) if values else None),
     exp.LogicalAnd: _aggregate(lambda values: all(values) if values else None),
     exp.Anonymous: _function,
+    exp.Dot: _defined_function,
+    exp.StrPosition: _position,
     exp.Uuid: _uuid,
 }

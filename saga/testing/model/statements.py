@@ -68,7 +68,11 @@ def _compiled(node: exp.Expression) -> Compiled:
 def _is_grouped(node: exp.Select) -> bool:
     found = _GROUPED.get(id(node))
     if found is None:
-        aggregates = any(item.find(exp.AggFunc) is not None for item in node.expressions)
+        aggregates = any(
+            one.find_ancestor(exp.Select) is node
+            for item in node.expressions
+            for one in item.find_all(exp.AggFunc)
+        )
         found = _GROUPED[id(node)] = aggregates or node.args.get("group") is not None
     return found
 

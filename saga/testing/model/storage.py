@@ -11,7 +11,7 @@ that the scheduler gives; a circle of waiting is a deadlock, and the one who clo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -102,6 +102,8 @@ class Transaction:
 
 
 Wait = Callable[[Transaction, Callable[[], bool]], None]
+Function = Callable[["Storage", Transaction, Sequence[Any]], Any]
+"""What a call comes to, in a transaction, with its arguments."""
 
 
 class Storage:
@@ -114,6 +116,7 @@ class Storage:
     def __init__(self, wait: Wait, clock: Callable[[], Any]) -> None:
         self.tables: dict[str, Table] = {}
         self.sequences: dict[str, Iterator[int]] = {}
+        self.functions: dict[str, Function] = {}
         self.clock = clock
         self.wait = wait
         self.commits = 0
@@ -129,6 +132,7 @@ class Storage:
             self.tables[name] = replace(
                 table, rows=rows, numbers=itertools.count(max(rows, default=-1) + 1)
             )
+        self.functions = template.functions
         self.sequences = {name: copy(sequence) for name, sequence in template.sequences.items()}
 
     def begin(self) -> Transaction:
