@@ -46,6 +46,10 @@ class BusyKeys:
         self.add(key)
         return True
 
+    def forget(self) -> None:
+        """Know no key any more, as a new process does."""
+        self._newer, self._older = set(), set()
+
     def add(self, key: Hashable) -> None:
         """Remember *key*."""
         newer = self._newer

@@ -32,7 +32,7 @@ WITH moved AS (
 INSERT INTO {schema}.outbox_busy_key (source, type, key, span, seq) VALUES (%s, %s, %s, %s, %s)
 """
 
-_busy: Final = BusyKeys()
+BUSY: Final = BusyKeys()
 
 
 class Counted(NamedTuple):
@@ -49,12 +49,12 @@ def draw(execute: Execute, of: Counted, events: int, schema: str) -> int:
     One round trip; a second or third when a key gets busy, and where this process meets a busy key first.
     Raises `SchemaError` where the key's counter was deleted.
     """
-    last = _count_busy(execute, of, events, schema) if (schema, of) in _busy else None
+    last = _count_busy(execute, of, events, schema) if (schema, of) in BUSY else None
     if last is None:
         last = _count(execute, of, events, schema)
     if last is None:
         # It had moved, so that is committed, and the next statement sees it.
-        _busy.add((schema, of))
+        BUSY.add((schema, of))
         last = _count_busy(execute, of, events, schema)
     if last is None:
         raise SchemaError(
@@ -71,7 +71,7 @@ def _count(execute: Execute, of: Counted, events: int, schema: str) -> int | Non
     last: int = rows[0][0]
     if last >= SPAN:
         execute(in_schema(_MOVE, schema), (*of, *of, last // SPAN, last), False)
-        _busy.add((schema, of))
+        BUSY.add((schema, of))
     return last
 
 

@@ -91,7 +91,7 @@ WHERE source = :source AND type = :type AND key = :key
 ORDER BY handler
 """
 
-_busy: Final = BusyKeys()
+BUSY: Final = BusyKeys()
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class Standing:
 
 def lock(session: Session, place: Place, schema: str) -> Standing:
     """The row of the key, written where there is none. Raises `SchemaError` where it is not where it is to be."""
-    found = _lock_busy(session, place, schema) if _hint(place, schema) in _busy else None
+    found = _lock_busy(session, place, schema) if _hint(place, schema) in BUSY else None
     found = found or _lock_first(session, place, schema)
     if found is None:
         # It had moved, so that is committed, and the next statement sees it.
-        _busy.add(_hint(place, schema))
+        BUSY.add(_hint(place, schema))
         found = _lock_busy(session, place, schema)
     if found is None:
         raise SchemaError(
@@ -143,7 +143,7 @@ def step(session: Session, place: Place, schema: str) -> bool:
     """
     following = place.seq + 1
     values = {**vars(place), "next": following, "span": place.seq // SPAN}
-    if _hint(place, schema) in _busy:
+    if _hint(place, schema) in BUSY:
         rows = fetch(session, _STEP_BUSY, {**values, "next_span": following // SPAN}, schema)
     elif following < SPAN:
         rows = fetch(session, _STEP, values, schema)
@@ -173,7 +173,7 @@ def write(
         fetch(session, _SET_BUSY, {**values, **spans}, schema)
     elif following is not None and following >= SPAN:
         fetch(session, _MOVE, {**values, "next_span": following // SPAN}, schema)
-        _busy.add(_hint(place, schema))
+        BUSY.add(_hint(place, schema))
     else:
         fetch(session, _SET, values, schema)
     if fetch(session, _RELEASE, values, schema):

@@ -17,7 +17,7 @@ from uuid import UUID
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from outbox import pending
+from outbox import counting, pending, places
 from outbox.receive import Incoming, Receiver
 from outbox.service import Service
 from saga.testing.model import ModelDatabase
@@ -192,6 +192,9 @@ class World:
     """All services of one run, the messages under way and the clock."""
 
     def __init__(self, services: Sequence[SimulatedService]) -> None:
+        # A schedule depends on its decisions, and on nothing that an earlier one has left.
+        counting.BUSY.forget()
+        places.BUSY.forget()
         self.now = BEGINNING
         self.hub = Hub()
         self.nodes = {one.service.name: Node(one, self) for one in services}

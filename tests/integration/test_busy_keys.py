@@ -92,8 +92,8 @@ def connection(connect: Callable[[], psycopg.Connection[Any]]) -> psycopg.Connec
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "_busy", BusyKeys())
-    monkeypatch.setattr(places, "_busy", BusyKeys())
+    monkeypatch.setattr(counting, "BUSY", BusyKeys())
+    monkeypatch.setattr(places, "BUSY", BusyKeys())
 
 
 def count_up_to(connection: psycopg.Connection[Any], seq: int, key: Counted = KEY) -> None:
@@ -218,7 +218,7 @@ def test_many_writers_of_one_key_leave_no_gap_and_number_in_the_order_of_commits
     isolation: str,
 ) -> None:
     hints = _PerThread()
-    monkeypatch.setattr(counting, "_busy", hints)
+    monkeypatch.setattr(counting, "BUSY", hints)
 
     def write(connection: psycopg.Connection[Any]) -> int:
         random, committed = Random(id(connection)), 0
@@ -306,7 +306,7 @@ def test_a_busy_key_is_one_round_trip_once_this_process_knows_it(
     connect: Callable[[], psycopg.Connection[Any]],
 ) -> None:
     count_up_to(connect(), SPAN)
-    counting._busy = BusyKeys()
+    counting.BUSY.forget()
     connection = connect()
     asked: list[str] = []
 
@@ -389,7 +389,7 @@ def test_handlers_go_on_in_order_when_a_key_gets_busy(migrated_engine: Engine) -
         assert turn(migrated_engine, seq) is Turn.NOW
         assert turn(migrated_engine, seq) is Turn.LATE
         if seq % 50 == 0:
-            places._busy = BusyKeys()  # another worker
+            places.BUSY.forget()  # another worker
 
 
 def test_what_is_passed_over_of_a_busy_key_is_skipped_in_its_turn(migrated_engine: Engine) -> None:

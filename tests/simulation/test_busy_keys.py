@@ -22,7 +22,8 @@ from outbox.places import Place
 from outbox.publishing import publish
 from outbox.sql import DEFAULT_SCHEMA
 from saga import Participant, Reject
-from saga.testing.simulation import Faults, Request, Simulation
+from saga.testing.choices import Seeded
+from saga.testing.simulation import Faults, Request, Simulation, _Run
 from saga.testing.world import SimulatedService, World
 from tests.simulation.test_order_saga import SCHEDULES, SEED
 
@@ -148,3 +149,14 @@ def test_sagas_that_count_one_key_side_by_side_leave_no_gap(begins_at: int, batc
     simulation = replace(payments(*sagas, begins_at=begins_at), batch=batch)
     report = simulation.run(max(SCHEDULES // 2, 1), SEED * 100)
     assert report.faults > 0
+
+
+def test_a_schedule_does_not_depend_on_the_busy_keys_of_those_before_it() -> None:
+    simulation = payments(Opened("a", 3), Opened("a", 3), begins_at=SPAN - 2)
+
+    def decisions() -> list[int]:
+        run = _Run(simulation, Seeded(1))
+        run.to_the_end()
+        return list(run.choices.made)
+
+    assert decisions() == decisions()
