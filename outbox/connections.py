@@ -14,7 +14,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox.direct import can_write_directly, write_directly
+from outbox.direct import write_directly
 from outbox.errors import ConfigurationError, NotInTransaction
 
 Rows = list[tuple[Any, ...]]
@@ -81,11 +81,7 @@ class _ThroughPsycopg:
     driver: psycopg.Connection[Any]
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
-        if (
-            not returns
-            and can_write_directly(self.driver)
-            and write_directly(self.driver, sql, params)
-        ):
+        if not returns and write_directly(self.driver, sql, params):
             return []
         driver = self.driver
         # A raw one would not take `%s`.

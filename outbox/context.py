@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Final
 
 from outbox.envelope import Envelope
 
@@ -21,9 +22,8 @@ class Handling:
 _current: ContextVar[Handling | None] = ContextVar("outbox.handling", default=None)
 
 
-def current() -> Handling | None:
-    """The event being handled; None outside of handlers."""
-    return _current.get()
+current: Final = _current.get
+"""The event being handled; None outside of handlers."""
 
 
 @contextmanager

@@ -51,6 +51,9 @@ else:
         ["self", "conn"],
     ]
 
+_ACCOUNT: Final = "_prepared" if _KNOWS_THE_ACCOUNT else "account unknown"
+"""The attribute of a connection that says what is prepared, and how often a statement must come for that."""
+
 TEXT, BINARY = 0, 1
 _UTF8: Final = b"UTF8"
 _COMMAND_OK, _INTRANS, _IDLE, _NO_PIPELINE = (
@@ -72,26 +75,13 @@ class Statement:
     """None given: the server takes those of the columns."""
 
 
-def can_write_directly(connection: psycopg.Connection[Any]) -> bool:
-    """Whether `write_directly` and `send_directly` would do on *connection* now what a cursor does."""
-    pgconn = connection.pgconn
-    return (
-        pgconn.transaction_status == _INTRANS
-        and pgconn.pipeline_status == _NO_PIPELINE
-        and pgconn.parameter_status(b"client_encoding") == _UTF8
-    )
-
-
 def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequence[Any]) -> bool:
     """Execute *sql*, `%s` for each of *params*, which are given the types of their columns; its result is dropped.
 
-    False, with nothing done, if a parameter is no scalar. Raises what a cursor raises.
+    False, with nothing done, if a parameter is no scalar, or as `send_directly`. Raises what a cursor raises.
     """
     given = _as_libpq_takes_them(params)
-    if given is None:
-        return False
-    send_directly(connection, direct_statement(sql), *given)
-    return True
+    return given is not None and send_directly(connection, direct_statement(sql), *given)
 
 
 def send_directly(
@@ -99,18 +89,44 @@ def send_directly(
     statement: Statement,
     values: Sequence[bytes | None],
     formats: Sequence[int],
-) -> None:
-    """Execute *statement* with *values* as libpq takes them, each in its format (`TEXT`, `BINARY`).
+) -> bool:
+    """Execute *statement* with *values* as libpq takes them, each in its format (`TEXT`, `BINARY`); drop its result.
 
-    Its result is dropped. Raises what a cursor raises.
+    False, with nothing done, where a cursor would do something else. Raises what a cursor raises.
     """
+    pgconn = connection.pgconn
+    if (
+        pgconn.transaction_status != _INTRANS
+        or pgconn.pipeline_status != _NO_PIPELINE
+        or pgconn.parameter_status(b"client_encoding") != _UTF8
+        or issubclass(connection.cursor_factory, psycopg.ClientCursor)
+    ):
+        return False
     with connection.lock:
-        account = _account(connection)
+        account: Any = getattr(connection, _ACCOUNT, None)
         if account is None:
-            connection.pgconn.send_query_params(statement.query, values, None, formats)
+            pgconn.send_query_params(statement.query, values, None, formats)
             results_of(connection)
+            return True
+        # As `BaseCursor._maybe_prepare_gen` does it.
+        prepare, name = account.get(statement)
+        if prepare is Prepare.YES:
+            pgconn.send_query_prepared(name, values, formats)
+            account.maybe_add_to_cache(statement, prepare, name)
+            results_of(connection)
+            return True
+        if prepare is Prepare.SHOULD:
+            pgconn.send_prepare(name, statement.query)
+            results_of(connection)
+            pgconn.send_query_prepared(name, values, formats)
         else:
-            _execute(connection, account, statement, values, formats)
+            pgconn.send_query_params(statement.query, values, None, formats)
+        key = account.maybe_add_to_cache(statement, prepare, name)
+        results = results_of(connection)
+        if key is not None:
+            account.validate(key, prepare, name, results)
+        connection.wait(account.maintain_gen(connection))
+    return True
 
 
 def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
@@ -125,6 +141,7 @@ def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
         and connection.read_only is None
         and connection.deferrable is None
         and pgconn.parameter_status(b"client_encoding") == _UTF8
+        and not issubclass(connection.cursor_factory, psycopg.ClientCursor)
     )
 
 
@@ -139,7 +156,7 @@ def begin_directly(
     given = [_as_libpq_takes_them(params) for _, params in statements]
     pgconn = connection.pgconn
     with connection.lock:
-        account = _account(connection)
+        account: Any = getattr(connection, _ACCOUNT, None)
         commands: list[Callable[[], None]] = [partial(pgconn.send_query_params, _BEGIN, None)]
         prepared: list[tuple[int, Any]] = []
         for (statement, _), one in zip(statements, given, strict=True):
@@ -218,41 +235,6 @@ def _as_libpq_takes_them(
             return None
         formats.append(TEXT)
     return values, formats
-
-
-def _account(connection: psycopg.Connection[Any]) -> Any:
-    """What is prepared on *connection*, and how often a statement must come for that; None if nothing is to be."""
-    if _KNOWS_THE_ACCOUNT and not issubclass(connection.cursor_factory, psycopg.ClientCursor):
-        return getattr(connection, "_prepared", None)
-    return None
-
-
-def _execute(
-    connection: psycopg.Connection[Any],
-    account: Any,
-    statement: Statement,
-    values: Sequence[bytes | None],
-    formats: Sequence[int],
-) -> None:
-    """As `BaseCursor._maybe_prepare_gen` does it."""
-    pgconn = connection.pgconn
-    prepare, name = account.get(statement)
-    if prepare is Prepare.YES:
-        pgconn.send_query_prepared(name, values, formats)
-        account.maybe_add_to_cache(statement, prepare, name)
-        results_of(connection)
-        return
-    if prepare is Prepare.SHOULD:
-        pgconn.send_prepare(name, statement.query)
-        results_of(connection)
-        pgconn.send_query_prepared(name, values, formats)
-    else:
-        pgconn.send_query_params(statement.query, values, None, formats)
-    key = account.maybe_add_to_cache(statement, prepare, name)
-    results = results_of(connection)
-    if key is not None:
-        account.validate(key, prepare, name, results)
-    connection.wait(account.maintain_gen(connection))
 
 
 def results_of(

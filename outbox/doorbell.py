@@ -40,6 +40,8 @@ _KEEP_CONNECTION: Final = 300.0
 _LONGEST_REST: Final = 30.0
 """Seconds between two attempts at a database that cannot be had."""
 _NEVER: Final = (float("-inf"), float("-inf"))
+RINGING: Final[list[Doorbell]] = []
+"""Those that this process rings whenever it publishes."""
 
 
 def channel(schema: str) -> str:
@@ -69,12 +71,12 @@ def wake_relays(database: Engine | AsyncEngine | URL | str) -> Doorbell:
 
 def bells() -> list[Doorbell]:
     """Those that this process rings whenever it publishes."""
-    return list(_bells.values())
+    return list(RINGING)
 
 
 def announce(schema: str) -> None:
     """Say that an event for *schema* is about to be committed. Neither waits nor raises."""
-    for bell in _bells.values():
+    for bell in RINGING:
         bell.ring(schema)
 
 
@@ -176,7 +178,8 @@ _registering = threading.Lock()
 
 def _register(bells: dict[object, Doorbell]) -> None:
     global _bells
-    _bells = bells  # replaced, never changed: writers go through it meanwhile
+    _bells = bells
+    RINGING[:] = bells.values()
 
 
 def _after_fork() -> None:

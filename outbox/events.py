@@ -88,8 +88,14 @@ class EventType:
 
     @cached_property
     def plain_fields(self) -> Fields | None:
-        """Its fields, if it is known beforehand that what is written of them can be read back."""
-        return plain_fields(self.adapter.core_schema, self.payload_class)
+        """Its fields, if it is known beforehand that what is written of them can be read back.
+
+        Raises `ConfigurationError` for a class that pydantic cannot use yet.
+        """
+        try:
+            return plain_fields(self.adapter.core_schema, self.payload_class)
+        except PydanticUserError as error:
+            raise ConfigurationError(f"{self} cannot be written: {error}") from error
 
     @cached_property
     def hides_times(self) -> bool:
@@ -125,7 +131,8 @@ class EventType:
 class Registry:
     """The event types that one process knows. Most programs use the module's own, through `@event`."""
 
-    _by_class: dict[type[Any], EventType] = field(default_factory=dict)
+    by_class: dict[type[Any], EventType] = field(default_factory=dict)
+    """To be read only."""
     _by_name: dict[str, dict[int, EventType]] = field(default_factory=dict)
     _upcasters: dict[tuple[str, int], Upcaster] = field(default_factory=dict)
 
@@ -158,7 +165,7 @@ class Registry:
                 f"event type {event_type} is declared twice: by {_where(taken.payload_class)} and by {_where(cls)}; "
                 "give one of them another name or another version"
             )
-        other = self._by_class.get(cls)
+        other = self.by_class.get(cls)
         if other is not None and (other.name, other.version) != (
             event_type.name,
             event_type.version,
@@ -167,7 +174,7 @@ class Registry:
                 f"{_where(cls)} is declared as {other} and as {event_type}: publishing could not tell which is meant; "
                 "use a class for each"
             )
-        self._by_class[cls] = event_type
+        self.by_class[cls] = event_type
         self._by_name.setdefault(event_type.name, {})[event_type.version] = event_type
 
     def upcast(self, name: str, *, from_version: int) -> Callable[[Upcaster], Upcaster]:
@@ -193,7 +200,7 @@ class Registry:
 
     def of(self, payload: object) -> EventType:
         """The event type of a payload object. Raises `UnregisteredEvent`."""
-        found = self._by_class.get(type(payload))
+        found = self.by_class.get(type(payload))
         if found is not None:
             return found
         if isinstance(payload, type):
@@ -207,7 +214,7 @@ class Registry:
     def of_class(self, payload_class: type[Any]) -> EventType:
         """The event type of a payload class. Raises `UnregisteredEvent`."""
         try:
-            return self._by_class[payload_class]
+            return self.by_class[payload_class]
         except KeyError:
             raise UnregisteredEvent(
                 f"{_where(payload_class)} is no event type: decorate it with "

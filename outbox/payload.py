@@ -23,7 +23,6 @@ from pydantic_core import PydanticSerializationError
 
 from outbox.errors import ConfigurationError, InvalidPayload
 from outbox.events import EventType, brief
-from outbox.plain import write_plain
 
 _TIME_WITHOUT_ZONE = re.compile(rb'T\d\d:\d\d:\d\d(?:\.\d+)?"')
 _NUL = b"\\u0000"
@@ -35,18 +34,13 @@ _Path = tuple[Any, str]
 """The path of what a value is in, and the part that leads on from there."""
 
 
-def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
-    """*payload* as JSON; and whether it is plain (`outbox.plain`), so that only its number of values can offend.
+def write_payload(event_type: EventType, payload: object) -> bytes:
+    """*payload* as JSON, whatever it is.
 
     Raises `InvalidPayload`, naming the field, if a reader would not get it back, and `ConfigurationError` if its class
     is not complete.
     """
     try:
-        fields = event_type.plain_fields
-        if fields is not None and type(payload) is event_type.payload_class:
-            written = write_plain(fields, payload)
-            if written is not None:
-                return written, True
         adapter = event_type.adapter
         data = adapter.serializer.to_json(payload, by_alias=event_type.by_alias, warnings="error")
         if event_type.hides_times or _may_be_unstorable(data):
@@ -69,7 +63,7 @@ def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
         raise InvalidPayload(
             f"{event_type} was refused: {type(error).__name__} in its validation"
         ) from error
-    return data, False
+    return data
 
 
 def _may_be_unstorable(data: bytes) -> bool:

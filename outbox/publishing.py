@@ -33,11 +33,10 @@ from outbox.direct import (
     BINARY,
     TEXT,
     Statement,
-    can_write_directly,
     direct_statement,
     send_directly,
 )
-from outbox.doorbell import announce
+from outbox.doorbell import RINGING, announce
 from outbox.envelope import Envelope
 from outbox.errors import ConfigurationError, NotInTransaction
 from outbox.events import EventType, Registry
@@ -94,9 +93,13 @@ def publish(
 
     Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
     """
-    made = _made(event, registry, source, caused_by, correlation_id, extensions, limits)
-    _append_all(connection, [made], schema)
-    return made.id
+    event_type = registry.by_class.get(type(event)) or registry.of(event)
+    written = write(
+        event_type, event, source, caused_by, correlation_id, extensions, limits, current()
+    )
+    if not _is_written_directly(connection, written, schema):
+        _append_all(connection, (written,), schema)
+    return written.id
 
 
 def publish_all(
@@ -112,12 +115,22 @@ def publish_all(
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[UUID]:
     """Publish *events* in their order, in one statement. As `publish`; where one is refused, none is written."""
-    made = [
-        _made(event, registry, source, caused_by, correlation_id, extensions, limits)
+    handled = current()
+    written = [
+        write(
+            registry.of(event),
+            event,
+            source,
+            caused_by,
+            correlation_id,
+            extensions,
+            limits,
+            handled,
+        )
         for event in events
     ]
-    _append_all(connection, made, schema)
-    return [event.id for event in made]
+    _append_all(connection, written, schema)
+    return [event.id for event in written]
 
 
 async def apublish(
@@ -151,26 +164,6 @@ def append(
     """Write an envelope that was made before (`encode`), as `publish` writes its own."""
     written = Written(event_type, envelope.id, envelope.source, envelope.key, envelope.body)
     _append_all(connection, [written], schema)
-
-
-def _made(
-    event: object,
-    registry: Registry,
-    source: str | None,
-    caused_by: Envelope | None,
-    correlation_id: str | None,
-    extensions: Mapping[str, str | int] | None,
-    limits: Limits,
-) -> Written:
-    handled = current()
-    if handled is not None:
-        caused_by = caused_by or handled.envelope
-        source = source or handled.service
-    event_type = registry.of(event)
-    return write(
-        event_type, event, source=source or event_type.aggregate, caused_by=caused_by, correlation_id=correlation_id,
-        extensions=extensions, limits=limits,
-    )  # fmt: skip
 
 
 def _append_all(connection: Any, events: Sequence[Written], schema: str) -> None:
@@ -240,28 +233,34 @@ def _listen() -> None:
 
 
 def _write(execute: Executor, events: Sequence[Written], schema: str) -> None:
-    if len(events) == 1:
-        _write_one(execute, events[0], schema)
-    elif events:
-        sequences = _count(execute, events, schema)
-        rows = [_row(event, seq) for event, seq in zip(events, sequences, strict=True)]
+    if len(events) == 1 and _is_written_directly(execute.driver, events[0], schema):
+        return
+    sequences = _count(execute, events, schema)
+    rows = [_row(event, seq) for event, seq in zip(events, sequences, strict=True)]
+    if len(rows) == 1:
+        execute(in_schema(_INSERT_ONE, schema), rows[0], False)
+    elif rows:
         columns = [list(column) for column in zip(*rows, strict=True)]
         execute(in_schema(_INSERT_MANY, schema), columns, False)
 
 
-def _write_one(execute: Executor, event: Written, schema: str) -> None:
-    event_type = event.event_type
-    (key_seq,) = _count(execute, [event], schema) if event_type.ordered else (None,)
-    driver = execute.driver
-    if driver is None or not can_write_directly(driver):
-        execute(in_schema(_INSERT_ONE, schema), _row(event, key_seq), False)
-        return
-    key, id_bytes = None if event.key is None else event.key.encode(), event.id.bytes
+def _is_written_directly(connection: object, event: Written, schema: str) -> bool:
+    """Write an event at the least cost: that is of no ordered type, through psycopg. False, with nothing done, if not.
+
+    The one way that is kept to few calls. Between two round trips of a transaction other code has had the processor's
+    caches: each function costs 3 us there before it does anything (docs/design.md).
+    """
+    event_type, event_id, _, key, body = event
+    if event_type.ordered or not isinstance(connection, psycopg.Connection):
+        return False
+    if RINGING:
+        announce(schema)
+    id_bytes, key_bytes = event_id.int.to_bytes(16, "big"), None if key is None else key.encode()
     values = (
-        _LANE_TEXTS[lane_of(key, id_bytes)], id_bytes, event_type.name.encode(), b"%d" % event_type.version, key,
-        None if key_seq is None else b"%d" % key_seq, event.body,
+        _LANE_TEXTS[lane_of(id_bytes, key_bytes)], id_bytes, event_type.name.encode(), b"%d" % event_type.version,
+        key_bytes, None, body,
     )  # fmt: skip
-    send_directly(driver, _insert_one(schema), values, _FORMATS)
+    return send_directly(connection, _insert_one(schema), values, _FORMATS)
 
 
 @cache
@@ -269,12 +268,15 @@ def _insert_one(schema: str) -> Statement:
     return direct_statement(in_schema(_INSERT_ONE, schema))
 
 
-def _row(event: Written, key_seq: int | None) -> tuple[Any, ...]:
-    event_type, key = event.event_type, None if event.key is None else event.key.encode()
-    lane = lane_of(key, event.id.bytes)
-    return (
-        lane, event.id, event_type.name, event_type.version, event.key, key_seq, event.body,
-    )  # fmt: skip
+def _row(event: Written, key_seq: int | None) -> tuple[object, ...]:
+    event_type, event_id, _, key, body = event
+    lane = lane_of(event_id.bytes, None if key is None else key.encode())
+    return lane, event_id, event_type.name, event_type.version, key, key_seq, body
+
+
+def lane_of(event_id: bytes, key: bytes | None) -> int:
+    """The lane of an event: the same for the same key, for ever; events without one spread out."""
+    return crc32(event_id if key is None else key) & (LANES - 1)
 
 
 def _count(execute: Executor, events: Sequence[Written], schema: str) -> list[int | None]:
@@ -297,8 +299,3 @@ def _count(execute: Executor, events: Sequence[Written], schema: str) -> list[in
         following[place] += 1
         sequences.append(following[place])
     return sequences
-
-
-def lane_of(key: bytes | None, event_id: bytes) -> int:
-    """The lane of an event: the same for the same key, for ever; keyless events spread out."""
-    return crc32(event_id if key is None else key) & (LANES - 1)

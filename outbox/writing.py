@@ -11,28 +11,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from json.encoder import encode_basestring as quoted
 from time import time_ns
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from pydantic_core import from_json
 
+from outbox.context import Handling
 from outbox.envelope import RESERVED, Envelope, checked_text, envelope_of, shown
 from outbox.errors import InvalidPayload, MalformedMessage, PayloadTooLarge
 from outbox.events import EventType
 from outbox.ids import new_id_and_text
 from outbox.limits import DEFAULT_LIMITS, NODES_OF_A_HEAD, Limits
 from outbox.payload import write_payload
+from outbox.plain import write_plain
 
 _ATTRIBUTE_NAME = re.compile(r"[a-z0-9]{1,20}")
 _MAX_EXTENSIONS = NODES_OF_A_HEAD // 2
 
 
-@dataclass(slots=True)
-class Written:
+class Written(NamedTuple):
     """A new event, as the log takes it."""
 
     event_type: EventType
@@ -43,29 +44,45 @@ class Written:
     """The envelope."""
 
 
+_written: Final = partial(tuple.__new__, Written)
+"""`Written._make`, without a frame of Python."""
+
+
 def write(
     event_type: EventType,
     payload: object,
-    *,
-    source: str,
+    source: str | None,
     caused_by: Envelope | None = None,
     correlation_id: str | None = None,
     extensions: Mapping[str, str | int] | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    handled: Handling | None = None,
 ) -> Written:
     """Write the envelope of a new event, refusing here what a reader would have to refuse later.
 
-    Raises `InvalidPayload` (naming the field) or `PayloadTooLarge`.
+    *handled*: what says source and cause, where they are not given. Without that, the source is the first part of the
+    event type. Raises `InvalidPayload` (naming the field) or `PayloadTooLarge`.
     """
-    data, is_plain = write_payload(event_type, payload)
+    if handled is not None:
+        caused_by = caused_by or handled.envelope
+        source = handled.service if source is None else source
+    if source is None:
+        source = event_type.aggregate
+    plain, fields = None, event_type.plain_fields
+    if fields is not None and type(payload) is event_type.payload_class:
+        plain = write_plain(fields, payload)
+    data = write_payload(event_type, payload) if plain is None else plain
     key = event_type.key_of(payload)
     event_id, id_text = new_id_and_text()
+    seconds, nanoseconds = divmod(time_ns(), 1_000_000_000)
     if correlation_id is None and caused_by is not None:
         correlation_id = caused_by.correlation_id or str(caused_by.id)
     try:
         head = (
             f'{{"specversion":"1.0","id":"{id_text}",{_origin(source, event_type.name, event_type.version)},'
-            f'"time":"{_now()}","datacontenttype":"application/json","correlationid":'
+            # A format of `06d` would be read anew each time.
+            f'"time":"{_second(seconds)}.{str(1_000_000_000 + nanoseconds)[1:7]}Z",'
+            '"datacontenttype":"application/json","correlationid":'
         )
         if correlation_id is None:
             head += f'"{id_text}"'
@@ -84,7 +101,7 @@ def write(
                 f"{event_type} was refused: {len(body):,} bytes encoded, the limit is {limits.size:,}; "
                 "publish a reference to the data instead (claim check)"
             )
-        if not is_plain or len(event_type.plain_fields or ()) > limits.of_data.plain_values:
+        if plain is None or len(fields or ()) > limits.of_data.plain_values:
             limits.of_data.check(data)
     except UnicodeEncodeError as error:
         raise InvalidPayload(
@@ -92,7 +109,7 @@ def write(
         ) from error
     except (MalformedMessage, ValueError) as error:
         raise InvalidPayload(f"{event_type} was refused: {error}") from error
-    return Written(event_type, event_id, source, key, body)
+    return _written((event_type, event_id, source, key, body))
 
 
 def encode(
@@ -106,17 +123,8 @@ def encode(
     limits: Limits = DEFAULT_LIMITS,
 ) -> Envelope:
     """Make the envelope of a new event, as a reader will find it. Raises what `write` raises."""
-    written = write(
-        event_type, payload, source=source, caused_by=caused_by, correlation_id=correlation_id, extensions=extensions,
-        limits=limits,
-    )  # fmt: skip
+    written = write(event_type, payload, source, caused_by, correlation_id, extensions, limits)
     return envelope_of(from_json(written.body), written.body)
-
-
-def _now() -> str:
-    seconds, nanoseconds = divmod(time_ns(), 1_000_000_000)
-    # A format of `06d` would be read anew each time.
-    return f"{_second(seconds)}.{str(1_000_000_000 + nanoseconds)[1:7]}Z"
 
 
 @lru_cache(maxsize=4)

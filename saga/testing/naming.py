@@ -7,17 +7,18 @@ the same id and the same bytes in every course, and what a service has stored in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import blake2b
+from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
 import outbox.writing
 import saga.start
-from outbox import payload as payload_module
-from outbox.events import EventType
+from outbox.payload import write_payload
+from outbox.plain import write_plain
 
 _BORN = int(datetime.now(UTC).timestamp() * 1000)
 """The time inside of the ids: of this process, as receivers refuse what is too old or of the future."""
@@ -40,9 +41,15 @@ class Naming:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        def write_payload(event_type: EventType, payload: object) -> tuple[bytes, bool]:
-            written = payload_module.write_payload(event_type, payload)
-            self._content = str(event_type).encode() + written[0]
+        def noting(
+            write: Callable[[Any, object], bytes | None],
+        ) -> Callable[[Any, object], bytes | None]:
+            def written(how: Any, payload: object) -> bytes | None:
+                data = write(how, payload)
+                if data is not None:
+                    self._content = type(payload).__qualname__.encode() + data
+                return data
+
             return written
 
         def new_id_and_text() -> tuple[UUID, str]:
@@ -53,7 +60,8 @@ class Naming:
             return int(self.now.timestamp() * 1_000_000) * 1_000
 
         with (
-            patch.object(outbox.writing, "write_payload", write_payload),
+            patch.object(outbox.writing, "write_plain", noting(write_plain)),
+            patch.object(outbox.writing, "write_payload", noting(write_payload)),
             patch.object(outbox.writing, "new_id_and_text", new_id_and_text),
             patch.object(outbox.writing, "time_ns", time_ns),
             patch.object(saga.start, "new_id", lambda: self._id(b"saga")),

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, make_url, text
 
 from outbox import direct
 from outbox.connections import executor
-from outbox.direct import can_write_directly, write_directly
+from outbox.direct import write_directly
 
 INSERT = "INSERT INTO kinds (id, label, number, body, big) VALUES (%s, %s, %s, %s, %s)"
 
@@ -53,13 +53,13 @@ def test_an_error_is_the_drivers_and_aborts_the_transaction(
     write_directly(connection, INSERT, row)
     with pytest.raises(psycopg.errors.UniqueViolation, match="kinds_pkey"):
         write_directly(connection, INSERT, row)
-    assert not can_write_directly(connection)
+    assert not write_directly(connection, INSERT, row)
     with pytest.raises(psycopg.errors.InFailedSqlTransaction):
         executor(connection)(INSERT, row, False)
 
 
 def test_an_idle_connection_begins_its_transaction(connection: psycopg.Connection) -> None:
-    assert not can_write_directly(connection)
+    assert not write_directly(connection, INSERT, (uuid4(), "a", 1, b"", 1))
     executor(connection)(INSERT, (uuid4(), "a", 1, b"", 1), False)
     connection.rollback()
     assert rows(connection) == []
@@ -70,9 +70,10 @@ def test_text_arrives_whatever_the_clients_encoding_is(
     connection: psycopg.Connection, encoding: str
 ) -> None:
     connection.execute(f"SET client_encoding TO {encoding}")
-    assert can_write_directly(connection) is (encoding == "UTF8")
-    executor(connection)(INSERT, (uuid4(), "näme", 1, b"", 1), False)
-    assert rows(connection)[0][1] == "näme"
+    row = (uuid4(), "näme", 1, b"", 1)
+    assert write_directly(connection, INSERT, row) is (encoding == "UTF8")
+    executor(connection)(INSERT, (uuid4(), *row[1:]), False)
+    assert {row[1] for row in rows(connection)} == {"näme"}
 
 
 @pytest.mark.parametrize("kind", [psycopg.Cursor, psycopg.ClientCursor, psycopg.RawCursor])
@@ -80,10 +81,12 @@ def test_it_runs_whatever_kind_of_cursor_the_connection_makes(
     connection: psycopg.Connection, kind: type[psycopg.Cursor]
 ) -> None:
     connection.cursor_factory = kind
+    connection.prepare_threshold = 0
     returned = executor(connection)(f"{INSERT} RETURNING number", (uuid4(), "a", 7, b"", 1), True)
     assert returned == [(7,)]
     executor(connection)(INSERT, (uuid4(), "a", 8, b"", 1), False)
     assert sorted(int(str(row[2])) for row in rows(connection)) == [7, 8]
+    assert bool(prepared(connection)) is (kind is not psycopg.ClientCursor)
 
 
 def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Connection) -> None:
@@ -126,14 +129,10 @@ def test_nothing_is_prepared_where_the_connection_prepares_nothing(
     write(connection, 3)
     assert prepared(connection) == []
     connection.prepare_threshold = 0
-    connection.cursor_factory = psycopg.ClientCursor
+    monkeypatch.setattr(direct, "_ACCOUNT", "another name")
     write(connection, 3)
     assert prepared(connection) == []
-    connection.cursor_factory = psycopg.Cursor
-    monkeypatch.setattr(direct, "_KNOWS_THE_ACCOUNT", False)
-    write(connection, 3)
-    assert prepared(connection) == []
-    assert len(rows(connection)) == 9
+    assert len(rows(connection)) == 6
 
 
 def test_what_was_prepared_and_thrown_away_is_prepared_anew(connection: psycopg.Connection) -> None:
