@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Final
 from weakref import WeakMethod
@@ -31,7 +30,6 @@ from outbox.errors import BusError, ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_ROUTE: Final = attrgetter("type", "queue")
 _NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 _DEFAULTS: Final = {
     "client.id": "outbox",
@@ -70,7 +68,7 @@ class KafkaBus:
         self._exchange = exchange
         self._timeout = timeout
         self._producer: _Producer | None = None
-        self._topics: dict[str, str] = {}
+        self._topics = _Topics(self._topic)
         self._made: set[str] = set()
         self._encoder = RecordEncoder()
         check_name(topic_of(exchange, "x.y"))
@@ -89,9 +87,7 @@ class KafkaBus:
 
     def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
         producer = self._ready()
-        topics = {route: route[1] or self._topic(route[0]) for route in set(map(_ROUTE, batch))}
-        self._make(set(topics.values()))
-        producer.produce(self._encoder.records(batch, topics), self._timeout)
+        producer.produce(self._encoder.records(batch, self._topics), self._timeout)
         confirmation = _Batch(producer, self._timeout)
         producer.serve(0)
         return confirmation
@@ -109,7 +105,9 @@ class KafkaBus:
         if self._producer is not None and not self._producer.is_usable:
             self._producer.end()
             self._producer = None
-            self._made.clear()  # A topic may be what failed: deleted, say.
+            # A topic may be what failed: deleted, say.
+            self._made.clear()
+            self._topics.clear()
         if self._producer is None:
             self._producer = self._open()
         return self._producer
@@ -122,10 +120,9 @@ class KafkaBus:
                 f"the URL of Kafka at {self._settings.servers}: {told(error)}"
             ) from error
 
-    def _topic(self, event_type: str) -> str:
-        topic = self._topics.get(event_type)
-        if topic is None:
-            topic = self._topics[event_type] = topic_of(self._exchange, event_type)
+    def _topic(self, event_type: str, queue: str | None) -> str:
+        topic = queue or topic_of(self._exchange, event_type)
+        self._make({topic})
         return topic
 
     def _make(self, topics: set[str]) -> None:
@@ -135,6 +132,18 @@ class KafkaBus:
         if self._settings.create_topics:
             create_missing(self._ready().client, self._settings, new, min(self._timeout, 10))
         self._made |= new
+
+
+class _Topics(dict[tuple[str, str | None], str]):
+    """Topics by type and queue, each looked for, and made, when the first record for it is sent."""
+
+    def __init__(self, find: Callable[[str, str | None], str]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, route: tuple[str, str | None]) -> str:
+        topic = self[route] = self._find(*route)
+        return topic
 
 
 class _Batch:
