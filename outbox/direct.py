@@ -2,8 +2,8 @@
 
 A cursor is made for much that publishing has no use for: rows, adapters, queries of all forms. Here the parameters are
 given as libpq takes them, and waiting is psycopg's own: it can be interrupted, and yields where threads are green.
-Wherever a cursor would do something else, in an idle or failed transaction, in pipeline mode, with another encoding,
-the caller is told to use one.
+Wherever a cursor would do something else (in an idle or failed transaction, in pipeline mode, with another encoding,
+with cursors that bind on the client) the caller is told to use one.
 
 The first statements of a transaction go out in one message with its BEGIN (libpq's pipeline mode): one round trip for
 all of them, where a cursor makes one for each. Each begins when the one before it has ended, and none after one that

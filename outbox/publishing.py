@@ -29,13 +29,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from outbox.connections import Executor, executor
 from outbox.context import current
 from outbox.counting import Counted, draw
-from outbox.direct import (
-    BINARY,
-    TEXT,
-    Statement,
-    direct_statement,
-    send_directly,
-)
+from outbox.direct import BINARY, TEXT, Statement, direct_statement, send_directly
 from outbox.doorbell import RINGING, announce
 from outbox.envelope import Envelope
 from outbox.errors import ConfigurationError, NotInTransaction
@@ -93,10 +87,13 @@ def publish(
 
     Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
     """
+    # `of` would do, at a call more (see `_is_written_directly`).
     event_type = registry.by_class.get(type(event)) or registry.of(event)
     written = write(
         event_type, event, source, caused_by, correlation_id, extensions, limits, current()
     )
+    if RINGING:
+        announce(schema)
     if not _is_written_directly(connection, written, schema):
         _append_all(connection, (written,), schema)
     return written.id
@@ -115,20 +112,9 @@ def publish_all(
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[UUID]:
     """Publish *events* in their order, in one statement. As `publish`; where one is refused, none is written."""
-    handled = current()
-    written = [
-        write(
-            registry.of(event),
-            event,
-            source,
-            caused_by,
-            correlation_id,
-            extensions,
-            limits,
-            handled,
-        )
-        for event in events
-    ]
+    options = source, caused_by, correlation_id, extensions, limits, current()
+    written = [write(registry.of(event), event, *options) for event in events]
+    announce(schema)
     _append_all(connection, written, schema)
     return [event.id for event in written]
 
@@ -163,11 +149,11 @@ def append(
 ) -> None:
     """Write an envelope that was made before (`encode`), as `publish` writes its own."""
     written = Written(event_type, envelope.id, envelope.source, envelope.key, envelope.body)
+    announce(schema)
     _append_all(connection, [written], schema)
 
 
 def _append_all(connection: Any, events: Sequence[Written], schema: str) -> None:
-    announce(schema)
     if isinstance(connection, scoped_session):
         connection = connection()
     if not isinstance(connection, Session):
@@ -253,8 +239,6 @@ def _is_written_directly(connection: object, event: Written, schema: str) -> boo
     event_type, event_id, _, key, body = event
     if event_type.ordered or not isinstance(connection, psycopg.Connection):
         return False
-    if RINGING:
-        announce(schema)
     id_bytes, key_bytes = event_id.int.to_bytes(16, "big"), None if key is None else key.encode()
     values = (
         _LANE_TEXTS[lane_of(id_bytes, key_bytes)], id_bytes, event_type.name.encode(), b"%d" % event_type.version,

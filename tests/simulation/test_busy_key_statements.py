@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 
-import psycopg
 import pytest
-from sqlalchemy.engine import make_url
 
 from outbox import counting, ordering, places, schema
 from outbox.busy_keys import SPAN
-from tests.simulation.two_sessions import OnModel, OnPostgreSQL
+from tests.simulation.two_sessions import assert_alike
 
 Value = str | int | None
 
@@ -133,12 +131,4 @@ SCRIPTS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
 def test_model_answers_as_postgresql_does(script: list[str], database_url: str) -> None:
-    conninfo = (
-        make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
-    )
-    with psycopg.connect(conninfo, autocommit=True) as connection:
-        connection.execute(
-            f"ALTER DATABASE {connection.info.dbname} SET deadlock_timeout = '50ms'".encode()
-        )
-    on_postgresql = OnPostgreSQL(conninfo).play(SETUP, script)
-    assert OnModel().play(SETUP, script) == on_postgresql
+    assert_alike(SETUP, script, database_url)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 from greenlet import greenlet
+from sqlalchemy import make_url
 
 from saga.testing.model import ModelDatabase
 from saga.testing.model.driver import Connection
@@ -139,3 +140,16 @@ class OnModel:
 
         self._sessions[name] = (connection, greenlet(statement))
         self._sessions[name][1].switch()
+
+
+def assert_alike(setup: Sequence[str], script: Sequence[str], database_url: str) -> None:
+    """The model answers *script* as PostgreSQL does, both after *setup*."""
+    conninfo = (
+        make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    )
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET deadlock_timeout = '50ms'".encode()
+        )
+    on_postgresql = OnPostgreSQL(conninfo).play(setup, script)
+    assert OnModel().play(setup, script) == on_postgresql
