@@ -113,7 +113,9 @@ def send_directly(
         if prepare is Prepare.YES:
             pgconn.send_query_prepared(name, values, formats)
             account.maybe_add_to_cache(statement, prepare, name)
-            results_of(connection)
+            for result in connection.wait(generators.execute(pgconn)):  # as `results_of`
+                if result.status != _COMMAND_OK:
+                    raise error_from_result(result, encoding="utf-8")
             return True
         if prepare is Prepare.SHOULD:
             pgconn.send_prepare(name, statement.query)

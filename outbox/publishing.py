@@ -240,8 +240,9 @@ def _is_written_directly(connection: object, event: Written, schema: str) -> boo
     if event_type.ordered or not isinstance(connection, psycopg.Connection):
         return False
     id_bytes, key_bytes = event_id.int.to_bytes(16, "big"), None if key is None else key.encode()
+    lane = crc32(id_bytes if key_bytes is None else key_bytes) & (LANES - 1)  # as `lane_of`
     values = (
-        _LANE_TEXTS[lane_of(id_bytes, key_bytes)], id_bytes, event_type.name.encode(), b"%d" % event_type.version,
+        _LANE_TEXTS[lane], id_bytes, event_type.name.encode(), b"%d" % event_type.version,
         key_bytes, None, body,
     )  # fmt: skip
     return send_directly(connection, _insert_one(schema), values, _FORMATS)
