@@ -47,7 +47,7 @@ def write_payload(event_type: EventType, payload: object) -> bytes:
             _refuse_unstorable(event_type, payload)
         # What cannot be read back would stop every consumer: find it here, before the commit.
         adapter.validator.validate_json(data)
-    except (ConfigurationError, InvalidPayload):
+    except InvalidPayload:
         raise
     except PydanticUserError as error:
         raise ConfigurationError(f"{event_type} cannot be written: {error}") from error

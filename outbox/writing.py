@@ -123,7 +123,9 @@ def encode(
     limits: Limits = DEFAULT_LIMITS,
 ) -> Envelope:
     """Make the envelope of a new event, as a reader will find it. Raises what `write` raises."""
-    written = write(event_type, payload, source, caused_by, correlation_id, extensions, limits)
+    # None is a mistake here, and no wish for the default.
+    named = source or ""
+    written = write(event_type, payload, named, caused_by, correlation_id, extensions, limits)
     return envelope_of(from_json(written.body), written.body)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -26,14 +24,6 @@ from saga.testing.naming import Naming
 from saga.testing.simulation import Request, Simulation
 from saga.testing.world import SimulatedService, World
 from tests.simulation.mutants import MUTANTS
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
 
 FINE = 0
 NO_FAULTS = Budget(0, 0)

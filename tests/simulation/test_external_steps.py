@@ -3,9 +3,8 @@ and aborts between intent and result. What is charged at the end is what was bou
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -156,13 +155,6 @@ MUTANTS = (
     a_result_in_an_aborted_saga_is_not_undone,
     nobody_asks_what_became_of_a_call,
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

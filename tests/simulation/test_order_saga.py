@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -24,14 +22,6 @@ from tests.simulation.mutants import BATCH_MUTANTS, MUTANTS
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "40"))
 SEED = int(os.environ["SIMULATION_SEED"])
 FOUND_WITHIN = 400
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """What a simulated worker says when it is killed interests nobody."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

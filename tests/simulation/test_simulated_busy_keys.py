@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from uuid import UUID
@@ -28,13 +26,6 @@ from saga.testing.world import SimulatedService, World
 from tests.simulation.test_order_saga import SCHEDULES, SEED
 
 KEY = Counted("bank", "money.moved", "a")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True)

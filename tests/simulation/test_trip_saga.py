@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,13 +14,6 @@ from tests.simulation.mutants import TRIP_BATCH_MUTANTS, TRIP_MUTANTS
 from tests.simulation.test_order_saga import FOUND_WITHIN, SCHEDULES, SEED
 
 SAID = ("trip.booked", "trip.timed_out", "trip.not_paid", "trip.nobody_goes", "hotel.no_room")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

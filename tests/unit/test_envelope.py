@@ -376,6 +376,7 @@ def test_a_class_that_was_never_completed_is_refused_with_its_name() -> None:
 def test_attributes_that_a_reader_would_refuse_are_refused() -> None:
     options: list[tuple[dict[str, Any], str]] = [
         ({"source": ""}, "source"),
+        ({"source": None}, "source"),
         ({"source": "x" * 1_001}, "source"),
         ({"source": "a\x00b"}, "source holds a NUL"),
         ({"source": "\ud800"}, "half a surrogate"),
