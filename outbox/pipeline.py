@@ -206,7 +206,7 @@ class Pipeline:
                 self._reload({})
                 return
         self._unstored.clear()
-        self._stored_at = now
+        self._stored_at = min(now, time.monotonic())
         crash_point("relay.stored")
 
     def store_all(self) -> None:

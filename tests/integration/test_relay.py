@@ -30,7 +30,8 @@ from outbox.errors import BusError, ConfigurationError, LeaseLost, SchemaError
 from outbox.events import Registry
 from outbox.lanes import Leases
 from outbox.partitions import Partitions
-from outbox.reader import Cursor
+from outbox.pipeline import Pipeline, RelayStats
+from outbox.reader import Cursor, LogReader
 from outbox.relay import Relay, RelaySettings
 from outbox.roll_caller import RollCaller
 from outbox.rolls import Wanted, WantedEvent, is_control
@@ -60,8 +61,7 @@ class MemoryBus:
         if self.refuses:
             self.refuses -= 1
             raise BusError("not now")
-        events = [message.body for message in batch if not is_control(message.body)]
-        return _Batch(self, [decode(event).data["number"] for event in events])
+        return _Batch(self, numbers_of(batch))
 
     def keep_alive(self) -> None: ...
 
@@ -358,17 +358,22 @@ class FileBus(MemoryBus):
 
     def send(self, batch: Sequence[OutgoingMessage]) -> Any:
         with open(self.path, "a") as file:
-            for message in batch:
-                if not is_control(message.body):
-                    file.write(f"{decode(message.body).data['number']}\n")
+            file.write("".join(f"{number}\n" for number in numbers_of(batch)))
         return _Batch(self, [])
 
 
-def spawn(engine: Engine, path: Path, crash_at: str = "") -> subprocess.Popen[bytes]:
+def numbers_of(batch: Sequence[OutgoingMessage]) -> list[int]:
+    events = [message.body for message in batch if not is_control(message.body)]
+    return [decode(event).data["number"] for event in events]
+
+
+def spawn(
+    engine: Engine, path: Path, crash_at: str = "", code: str = PROCESS
+) -> subprocess.Popen[bytes]:
     url = engine.url.render_as_string(hide_password=False)
-    code = PROCESS.format(root=str(Path(__file__).parents[2]), url=url, path=str(path))
+    given = code.format(root=str(Path(__file__).parents[2]), url=url, path=str(path))
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", given],
         env={**os.environ, "OUTBOX_TEST": "1", "OUTBOX_CRASH_AT": crash_at},
     )
 
@@ -498,6 +503,33 @@ def test_stored_cursors_move_between_tables_that_are_emptied_in_turn(
         (rows,) = connection.execute("SELECT count(*) FROM outbox.outbox_cursor").fetchone() or (0,)
         assert rows < 100
         assert CursorStore(connection).load([0, 1])[0].his == {0: 399, 1: 399}
+
+
+def test_what_is_confirmed_is_stored_within_moments_also_after_everything_was(
+    migrated_engine: Engine,
+) -> None:
+    """Everything is, now and then, whenever it was last: a relay that dies has no more sent again than before."""
+    with (
+        psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection,
+        psycopg.connect(conninfo(migrated_engine), autocommit=True) as reading,
+    ):
+        leases = Leases(connection)
+        leases.beat()
+        pipeline = Pipeline(
+            LogReader(reading), CursorStore(connection), MemoryBus(), None, RelayStats(),
+            held=lambda: leases.held, rest=lambda _: None, page_rows=512, page_bytes=4_000_000, in_flight=16,
+        )  # fmt: skip
+        pipeline.follow_leases()
+        pipeline.store_all()
+        publish(migrated_engine, *range(20))
+
+        def is_stored() -> bool:
+            pipeline.turn()
+            pipeline.store(time.monotonic())
+            cursors = CursorStore(connection).load(range(16))
+            return max(hi for cursor in cursors for hi in cursor.his.values()) == 20
+
+        until(is_stored, 5)
 
 
 def test_partitions_are_made_ahead_and_dropped_when_every_cursor_has_passed(
