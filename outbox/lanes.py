@@ -31,7 +31,7 @@ _BEAT = """
 INSERT INTO {schema}.outbox_heartbeat (relay_id, seq, expires_at, host)
 VALUES (%(relay)s, %(seq)s, clock_timestamp() + %(ttl)s, %(host)s)
 """
-# A handful of rows a minute per relay. While the xmin horizon is held they stay as dead ones, and what is asked every
+# Some sixty rows a minute per relay. While the xmin horizon is held they stay as dead ones, and what is asked every
 # second has to pass them by: both questions read an index from its newest end, to a bound.
 _FORGET_BEATS = """
 DELETE FROM {schema}.outbox_heartbeat WHERE expires_at < clock_timestamp() - interval '1 minute'
@@ -116,8 +116,10 @@ class Leases:
         live = {row[0] for row in self._execute(_LIVE)} | {self.relay_id}
         self.others_live = len(live) > 1
         holders = {lane: (epoch, relay) for lane, epoch, relay in self._execute(_HOLDERS)}
-        mine = {lane: epoch for lane, (epoch, relay) in holders.items() if relay == self.relay_id}
-        self.held = {lane: epoch for lane, epoch in self.held.items() if mine.get(lane) == epoch}
+        # Also what it held before a pause and nobody has taken: nobody would, now that it is seen to live.
+        self.held = {
+            lane: epoch for lane, (epoch, relay) in holders.items() if relay == self.relay_id
+        }
         share = _fair_share(self.relay_id, live)
         free = [lane for lane in range(LANES) if holders.get(lane, (0, None))[1] not in live]
         surplus = len(self.held) - share

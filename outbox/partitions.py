@@ -2,7 +2,8 @@
 
 Run by the relay that holds lane 0, and harmless when two do it: each step is a transaction under one lock, for which
 whoever comes second does not wait. Nobody else waits either: a lock that cannot be had within 50 ms is tried for again
-next time, and meanwhile the log just grows. Should it fall so far behind that the default partition takes rows, those
+next time, and meanwhile the log just grows; one that was had is lost, and with it the connection, where the relay is
+paused for a second. Should it fall so far behind that the default partition takes rows, those
 rows stay there until all of them may go, and the next partition begins behind them.
 
 A partition is dropped by the transaction that has locked it against writers first, and has looked then: whoever wrote
@@ -29,6 +30,12 @@ AHEAD: Final = 2
 """Whole partitions that lie ready for writers."""
 RETENTION: Final = timedelta(days=7)
 """How long delivered events are kept, for replay."""
+
+BRIEFLY: Final = """
+SELECT set_config('lock_timeout', '50ms', true), set_config('idle_in_transaction_session_timeout', '1s', true)
+"""
+"""First in a transaction whose locks others meet: it waits for none for long, and should its process be paused in the
+middle of it, it holds none for long."""
 
 _DEFAULT: Final = "outbox_event_default"
 _PARTITIONS = """
@@ -137,7 +144,7 @@ class Partitions:
         """Whether *step* was done; not where it says so, or has to wait for anybody."""
         try:
             with self._connection.transaction():
-                self._run("SET LOCAL lock_timeout = '50ms'")
+                self._run(BRIEFLY)
                 return self._execute(_ALONE)[0][0] and step()
         except (errors.LockNotAvailable, errors.DeadlockDetected, errors.CheckViolation) as error:
             # The last: meanwhile a row of what would be the new partition has come into the default one.

@@ -20,6 +20,7 @@ from random import Random
 from typing import Any, Final
 
 import psycopg
+from psycopg import errors
 from sqlalchemy import URL, make_url
 
 from outbox.bell import Bell
@@ -45,6 +46,11 @@ log = logging.getLogger(__name__)
 _CHORES_EVERY: Final = 10.0
 _LOOK_FOR_REQUESTS_EVERY: Final = 1.0
 _LASTED: Final = 10.0
+_DATABASE_ERRORS: Final = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    errors.IdleInTransactionSessionTimeout,  # this process was paused, and held locks
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Relay:
                         self._relay(self._on(connection, reading, server))
                 except ConfigurationError:
                     raise
-                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                except _DATABASE_ERRORS as error:
                     log.warning("database: %s; connecting again", told(error))
                 except Exception:
                     log.exception("unexpected; beginning again with new connections")
