@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from outbox.reader import Cursor, LogReader
 from outbox.relay import Relay
 from outbox.schema import check, component, upgrade_engine
 from tests.installed import ROOT
+from tests.integration.test_spread import shares
 from tests.local_servers import LocalPgBouncer
 from tests.workers import Billing, eventually
 
@@ -231,16 +233,6 @@ def test_relays_share_the_lanes_through_it_and_take_over_from_one_that_was_kille
     engine = make_engine(pooler.url, connect_args=UNPREPARED)
     declare(redis_url, Topology(f"{unique_name}.events", ("thing.made",), unique_name))
 
-    def shares() -> list[int]:
-        with migrated_engine.connect() as connection:
-            return [
-                row.lanes
-                for row in connection.exec_driver_sql(
-                    "SELECT count(*) AS lanes FROM (SELECT DISTINCT ON (lane) lane, relay_id FROM outbox.outbox_lease "
-                    "ORDER BY lane, epoch DESC) AS held GROUP BY relay_id"
-                )
-            ]
-
     published: set[str] = set()
 
     def publish(count: int) -> None:
@@ -251,12 +243,8 @@ def test_relays_share_the_lanes_through_it_and_take_over_from_one_that_was_kille
 
     doomed = relays.start()
     relays.start()
-    eventually(lambda: shares() == [8, 8], 30, lambda: relays.log)
+    eventually(lambda: shares(migrated_engine) == [8, 8], 30, lambda: relays.log)
     publish(100)
-    doomed.send_signal(signal.SIGKILL)
-    publish(100)
-    eventually(lambda: shares() == [16], explain=lambda: relays.log)
-    publish(50)
     with Connection(redis_url) as broker:
         channel = broker.default_channel
 
@@ -265,8 +253,13 @@ def test_relays_share_the_lanes_through_it_and_take_over_from_one_that_was_kille
             headers = [json.loads(message)["headers"] for message in raw]
             return {each["id"] for each in headers}
 
+        doomed.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        publish(100)
         eventually(lambda: published <= arrived(), explain=lambda: relays.log)
-    assert len(published) == 250
+        assert time.monotonic() - began < 5
+    assert shares(migrated_engine) == [16]
+    assert len(published) == 200
     assert "prepared statement" not in relays.log
     assert "connecting again" not in relays.log
 
