@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
+import psycopg
 import pytest
 from kombu import Connection
 from sqlalchemy import Engine, NullPool, create_engine, text
@@ -18,18 +20,24 @@ from sqlalchemy import Engine, NullPool, create_engine, text
 import outbox.schema
 from outbox.buses import Topology
 from outbox.buses.topology import declare
+from outbox.lanes import Leases
 from tests.installed import ROOT
+from tests.integration.test_relay import conninfo
+from tests.integration.test_spread import shares
 from tests.local_servers import LocalPostgres, await_condition
 
 MAIN = "from outbox.cli import main; main(prog_name='outbox')"
+IN_A_HURRY = f"import outbox.relay; outbox.relay._CHORES_EVERY = 0.2; {MAIN}"
 
 
 class Process:
     """A running `outbox relay`, with what it has said so far."""
 
-    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: tuple[str, ...], environment: dict[str, str], main: str = MAIN
+    ) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "relay", *arguments],
+            [sys.executable, "-c", main, "relay", *arguments],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
@@ -63,13 +71,13 @@ class Process:
 def start_relay(unique_name: str) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def start(database_url: str, broker_url: str, *arguments: str) -> Process:
+    def start(database_url: str, broker_url: str, *arguments: str, main: str = MAIN) -> Process:
         environment = {
             "OUTBOX_DATABASE_URL": database_url,
             "OUTBOX_BROKER_URL": broker_url,
             "OUTBOX_EXCHANGE": unique_name,
         }
-        started.append(Process(arguments, environment))
+        started.append(Process(arguments, environment, main))
         return started[-1]
 
     yield start
@@ -102,6 +110,12 @@ def arrived(broker_url: str, queue: str) -> int:
         except connection.channel_errors:
             return 0  # on Redis an empty queue is none
         return int(answer.message_count)
+
+
+def arrived_ids(redis_url: str, queue: str) -> set[str]:
+    with Connection(redis_url) as connection:
+        messages = connection.default_channel.client.lrange(queue, 0, -1)
+        return {json.loads(message)["headers"]["id"] for message in messages}
 
 
 def await_arrival(broker_url: str, queue: str, events: int) -> None:
@@ -227,6 +241,79 @@ def test_a_broker_that_cannot_be_one_is_said_at_the_start(
     relay = start_relay(migrated_database_url, broker)
     assert relay.end()[0] == code
     assert said in relay.said
+
+
+def test_it_drops_what_all_have_delivered_and_is_older_than_its_retention_while_it_relays(
+    migrated_database_url: str,
+    migrated_engine: Engine,
+    redis_url: str,
+    topology: Topology,
+    start_relay: Callable[..., Process],
+) -> None:
+    """Of three partitions it drops the one, the second when another relay has delivered its part, the young one not."""
+    old, half, young = (f"outbox_event_p{start:012d}" for start in (0, 1_000_000, 2_000_000))
+
+    published: set[str] = set()
+
+    def insert(after: int, *, lanes: int, age: int) -> None:
+        with migrated_engine.begin() as connection:
+            ids = connection.scalars(
+                text(
+                    "INSERT INTO outbox.outbox_event (position, lane, event_id, type, version, body, occurred_at) "
+                    "SELECT :after + i, mod(i, :lanes), gen_random_uuid(), 'order.placed', 1, '{}', "
+                    "now() - make_interval(days => :age) FROM generate_series(1, 32) AS i RETURNING event_id::text"
+                ),
+                {"after": after, "lanes": lanes, "age": age},
+            )
+            published.update(ids)
+
+    def go_to(position: int) -> None:
+        with migrated_engine.begin() as connection:
+            connection.execute(
+                text("SELECT setval('outbox.outbox_event_position', :position)"),
+                {"position": position},
+            )
+
+    def kept() -> set[str]:
+        names = "SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid"
+        with migrated_engine.connect() as connection:
+            return set(connection.scalars(text(names)))
+
+    def await_that(condition: Callable[[], bool]) -> None:
+        await_condition(condition, within=30, what=f"it in {kept()} {relay.said}")
+
+    def rounds() -> int:
+        stored = "SELECT count(*) FROM outbox.outbox_cursor WHERE lane = 0"
+        with migrated_engine.connect() as connection:
+            return int(connection.execute(text(stored)).scalar_one())
+
+    declare(redis_url, topology)
+    relay = start_relay(migrated_database_url, redis_url, "--retention", "1", main=IN_A_HURRY)
+    await_that(lambda: shares(migrated_engine) == [16])
+    with psycopg.connect(conninfo(migrated_engine), autocommit=True) as connection:
+        other = Leases(connection, time_to_live=timedelta(minutes=1))
+
+        def has_its_share() -> bool:
+            other.beat()
+            return len(other.held) == 8
+
+        await_that(has_its_share)
+        insert(0, lanes=8, age=2)
+        insert(1_000_000, lanes=16, age=2)
+        go_to(1_500_000)
+        await_that(lambda: young in kept())
+        insert(2_000_000, lanes=8, age=0)
+        go_to(3_100_000)
+        await_that(lambda: old not in kept())
+        before = rounds()
+        await_that(lambda: rounds() >= before + 2)
+        assert {half, young} <= kept()
+        other.release()
+    await_that(lambda: published <= arrived_ids(redis_url, topology.queue))
+    await_that(lambda: half not in kept())
+    relay.signal(signal.SIGTERM)
+    assert relay.end()[0] == 0, relay.said
+    assert young in kept()
 
 
 def run_outbox(
