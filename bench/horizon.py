@@ -55,6 +55,10 @@ RETURNING event_id, type, key, body
 """
 
 
+NAMES = ("a page after a late commit", "read the log with", "relay after the horizon")
+"""What the names of its figures begin with."""
+
+
 @contextmanager
 def figures(database: URL, behind: int, minutes: float) -> Iterator[list[Figure]]:
     """The figures; the horizon is held from when the first of them is measured."""

@@ -1,8 +1,7 @@
-"""Many relays: what two get done together, how soon one follows a dead one, and what an idle one costs."""
+"""Many relays: what two get done together, and how soon one follows a dead one."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from bench.publishing import conninfo, fill
 from outbox.doorbell import channel
 
 EVENTS: Final = 100_000
-IDLE_SECONDS: Final = 20.0
 PATIENCE_SECONDS: Final = 60.0
 HOLDERS: Final = """
 SELECT count(DISTINCT relay_id), count(*) FROM (
@@ -39,10 +37,6 @@ def figures(database: URL, broker_url: str) -> Iterator[Figure]:
     yield Figure(
         "takeover after SIGKILL", "ms", _taking_over(database, broker_url), allowed(5.0), "allowed",
         ceiling=1, reach=0.6,
-    )  # fmt: skip
-    yield Figure(
-        "CPU of an idle relay, a minute", "ms", _idling(database, broker_url), allowed(0.3), "allowed",
-        ceiling=1, reach=0.33,
     )  # fmt: skip
 
 
@@ -98,25 +92,3 @@ def await_holders(connection: psycopg.Connection[Any], count: int) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"the lanes are not held by {count} relays")
         time.sleep(0.01)
-
-
-def _idling(database: URL, broker_url: str) -> Callable[[Timer], None]:
-    def measured(timer: Timer) -> None:
-        with (
-            psycopg.connect(conninfo(database), autocommit=True) as connection,
-            relay(database, broker_url) as process,
-        ):
-            await_holders(connection, 1)
-            time.sleep(3)  # beyond what a start costs, and what is left from before
-            before = _cpu_seconds(process.pid)
-            time.sleep(IDLE_SECONDS)
-            timer.seconds += _cpu_seconds(process.pid) - before
-            timer.work += IDLE_SECONDS / 60
-
-    return measured
-
-
-def _cpu_seconds(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

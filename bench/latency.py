@@ -1,4 +1,5 @@
-"""From a commit to the start of the handler, at 100 events a second, beside `task.delay()` after the commit.
+"""From a commit to the broker, and to the start of the handler, at 100 events a second, beside what Celery alone does
+after the commit.
 
 A p99 says how the machine was in its worst moments, and it is another one from minute to minute. So the two sides take
 turns by the second, and whatever goes on meets both; and it is taken from a thousand events, of which ten lie above it.
@@ -6,16 +7,21 @@ turns by the second, and whatever goes on meets both; and it is taken from a tho
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from statistics import quantiles
 from typing import Any, Final
 
 import psycopg
+from redis import Redis
 from sqlalchemy import URL, create_engine
 from sqlalchemy.orm import Session
 
@@ -23,12 +29,18 @@ from bench.cpu import read_cpu, spent_since
 from bench.figures import Figure, Timer, allowed
 from bench.processes import relay, worker
 from bench.publishing import conninfo
+from outbox.buses import Topology, open_bus
 
 NAMES: Final = (
     "commit to handler, p99",
     "commit to handler, p50",
     "commit to handler after a quiet second, p50",
+    "commit to broker, p99",
+    "commit to broker, p50",
 )
+PROBE: Final = "bench_latency_probe.events"
+"""The queue from which messages are taken as they come, by nothing but a loop."""
+NUMBER: Final = re.compile(rb"number\W+(\d+)")
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,18 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         stack.enter_context(relay(database, broker_url, "--exchange", "bench_latency"))
         _await_the_workers(database, publish, delay)
 
+        def publish_to_probe(session: Session, number: int) -> None:
+            latency_app.service.publish(session, latency_app.Probed(number))
+
+        def send_to_probe(_: Session, number: int) -> Callable[[], object]:
+            send = latency_app.tick_plain.apply_async
+            return lambda: send(kwargs={"number": number}, queue=PROBE)
+
         both = _InTurn(database, [publish, delay])
         alone = _InTurn(database, [publish])
         seldom = _InTurn(database, [publish, delay], SELDOM, turns=1)
+        stack.enter_context(_written_down_on_arrival(database, broker_url))
+        to_broker = _InTurn(database, [publish_to_probe, send_to_probe])
 
         yield [
             Figure(
@@ -92,7 +113,47 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
                 NAMES[2], "ms", seldom.percentile(publish, 50), seldom.percentile(delay, 50), "task.delay() after it",
                 ceiling=2, reach=1.5,
             ),
+            Figure(
+                NAMES[0], "ms", alone.percentile(publish, 99), allowed(0.010), "wanted", reach=1
+            ),
+            *(
+                Figure(
+                    name, "ms", to_broker.percentile(publish_to_probe, percent),
+                    to_broker.percentile(send_to_probe, percent), "apply_async() after it",
+                )
+                for name, percent in zip(NAMES[3:], (99, 50), strict=True)
+            ),
         ]  # fmt: skip
+
+
+@contextmanager
+def _written_down_on_arrival(database: URL, broker_url: str) -> Iterator[None]:
+    """Take messages from the probe's queue in a process of its own, and note when each came."""
+    bus = open_bus(broker_url, "bench_latency")
+    bus.declare(Topology(PROBE, ("bench.probed",), "bench_latency"))
+    bus.close()
+    taking = get_context("spawn").Process(
+        target=_take, args=(conninfo(database), broker_url), daemon=True
+    )
+    taking.start()
+    try:
+        yield
+    finally:
+        taking.terminate()
+        taking.join()
+
+
+def _take(database: str, broker_url: str) -> None:
+    client: Any = Redis.from_url(broker_url, socket_timeout=None)
+    with psycopg.connect(database, autocommit=True) as connection:
+        while True:
+            _, message = client.brpop([PROBE])
+            at = time.time()
+            found = NUMBER.search(b64decode(json.loads(message)["body"]))
+            if found is None:
+                continue  # a roll
+            began = "INSERT INTO bench_began (number, at) VALUES (%s, %s)"
+            connection.execute(began, (int(found[1]), at))
 
 
 @dataclass

@@ -29,6 +29,14 @@ class Tick:
     number: int
 
 
+@registry.event("bench.probed")
+@dataclass(frozen=True)
+class Probed:
+    """What no handler takes: it is only to be seen on its way."""
+
+    number: int
+
+
 service = Service("bench_latency", registry=registry, exchange="bench_latency")
 app = Celery("bench_latency", broker=BROKER_URL)
 setup(app, service, database_url=DATABASE_URL, events_only=True)

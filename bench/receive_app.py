@@ -54,17 +54,23 @@ def write_all(events: list[Received], session: Session) -> None:
     )
 
 
-plain = Celery("plain", broker=BROKER_URL)
-plain.conf.task_acks_late = True
-plain.conf.task_ignore_result = True
-plain.conf.task_default_queue = "bench_plain"
-plain.conf.task_queues = [
-    Queue(
-        "bench_plain",
-        routing_key="bench_plain",
-        queue_arguments={"x-queue-type": "quorum"} if BROKER_URL.startswith("amqp") else None,
-    )
-]
+def plain_app(broker_url: str) -> Celery:
+    """A Celery app of the control, whose queue is as durable as ours."""
+    app = Celery("plain", broker=broker_url)
+    app.conf.task_acks_late = True
+    app.conf.task_ignore_result = True
+    app.conf.task_default_queue = "bench_plain"
+    app.conf.task_queues = [
+        Queue(
+            "bench_plain",
+            routing_key="bench_plain",
+            queue_arguments={"x-queue-type": "quorum"} if broker_url.startswith("amqp") else None,
+        )
+    ]
+    return app
+
+
+plain = plain_app(BROKER_URL)
 _engines: list[Any] = []
 
 

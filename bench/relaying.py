@@ -32,20 +32,21 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
         relaying(database, redis_url),
         _send_task(redis_url),
         "celery send_task",
-        10,
+        floor=10,
+        reach=40,
     )
     if rabbitmq_url is not None:
-        for kind, awaited, floor in (
-            ("quorum", False, 0.95),
-            ("classic", False, 0.95),
-            ("quorum", True, 7),
+        for kind, awaited, floor, reach in (
+            ("quorum", False, 0.95, 2.0),
+            ("classic", False, 0.95, 2.0),
+            ("quorum", True, 7, 16),
         ):
             how = "each awaited" if awaited else "pipelined"
             exchange = "bench" if kind == "quorum" else f"bench.{kind}"
             yield Figure(
                 f"relay to RabbitMQ, {kind} queue ({how})", "events/s",
                 relaying(database, rabbitmq_url, kind=kind, exchange=exchange),
-                _py_amqp(rabbitmq_url, exchange, awaited), f"py-amqp, {how}", floor,
+                _py_amqp(rabbitmq_url, exchange, awaited), f"py-amqp, {how}", floor, reach=reach,
             )  # fmt: skip
 
 

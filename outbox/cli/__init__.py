@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     "relay": Lazy("outbox.cli.relay", "Carry committed events to the broker."),
     "consume": Lazy("outbox.cli.consume", "Handle a service's events from Kafka."),
     "status": Lazy("outbox.cli.status", "Show what waits: events, deliveries, dead letters."),
+    "metrics": Lazy("outbox.cli.metrics", "Print or serve what status says, for Prometheus."),
     "doctor": Lazy("outbox.cli.doctor", "Check everything that could quietly break a promise."),
     "replay": Lazy("outbox.cli.replay", "Send retained events once more to one service."),
     "holes": Lazy("outbox.cli.holes", "Events that a source sent and that never came."),
@@ -38,5 +39,5 @@ def main() -> None:
     """Events that exist exactly if their transaction committed.
 
     Databases and brokers are named by options, or by OUTBOX_DATABASE_URL, OUTBOX_BROKER_URL,
-    OUTBOX_EXCHANGE and OUTBOX_SCHEMA. Each command has --json and its own --help.
+    OUTBOX_EXCHANGE and OUTBOX_SCHEMA. Each command has its own --help and, but for metrics, --json.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import asdict
 from datetime import timedelta
 
 import click
@@ -39,6 +40,11 @@ _DEFAULTS = RelaySettings()
     default=None,
     help="Prepare statements.  [default: unless a pooler is between]",
 )
+@click.option(
+    "--mandatory",
+    is_flag=True,
+    help="RabbitMQ: have events that no queue is bound to returned, and say so.  [others always say]",
+)
 @options.log_level
 @options.as_json
 @reporting_problems
@@ -49,6 +55,7 @@ def command(
     exchange: str,
     retention: float,
     prepare: bool | None,
+    mandatory: bool,
     log_level: str,
     as_json: bool,
 ) -> None:
@@ -56,12 +63,13 @@ def command(
 
     SIGTERM or SIGINT ends it gracefully: what is under way is confirmed and stored, and the lanes
     go to the others. A second signal ends it at once; what was under way is sent again by whoever
-    comes next. With --json the last line of output says what was done.
+    comes next. With --json the last line of output says what was done, and how many events of each type
+    went nowhere for want of a queue.
     """
     log_to_stderr(log_level)
     collect_garbage_seldom()
     settings = RelaySettings(retention=retention * _DAY, prepare=prepare)
-    bus = open_bus(broker_url, exchange)
+    bus = open_bus(broker_url, exchange, **({"mandatory": True} if mandatory else {}))
     relay = Relay(database_url, bus, schema=schema, settings=settings)
     stopping = threading.Event()
     stop_on_signals(relay.stop, stopping)
@@ -71,7 +79,7 @@ def command(
         relay.run()
     log.info("stopped: %d events confirmed", relay.stats.confirmed)
     if as_json:
-        print_json(relay.stats)
+        print_json({**asdict(relay.stats), "unrouted": dict(bus.unrouted)})
 
 
 def _await_tables(database_url: str, schema: str, stopping: threading.Event) -> None:

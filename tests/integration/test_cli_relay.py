@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import psycopg
@@ -145,9 +146,28 @@ def test_it_carries_events_until_told_to_stop_and_tells_how_many(
     relay.signal(number)
     code, printed = relay.end()
     assert code == 0, relay.said
-    assert json.loads(printed) == {"sent": 42, "confirmed": 42, "failures": 0, "refusals": 0}
+    assert json.loads(printed) == {
+        "sent": 42, "confirmed": 42, "failures": 0, "refusals": 0, "unrouted": {},
+    }  # fmt: skip
     with migrated_engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM outbox.outbox_heartbeat")) == 0
+
+
+def test_it_tells_of_events_that_no_queue_is_bound_to(
+    migrated_database_url: str,
+    migrated_engine: Engine,
+    rabbitmq_url: str,
+    topology: Topology,
+    start_relay: Callable[..., Process],
+) -> None:
+    declare(rabbitmq_url, replace(topology, bindings=("order.cancelled",)))
+    publish(migrated_engine, 3)
+    relay = start_relay(migrated_database_url, rabbitmq_url, "--mandatory", "--json")
+    relay.await_words("events of type order.placed")
+    relay.signal(signal.SIGTERM)
+    code, printed = relay.end()
+    assert code == 0, relay.said
+    assert json.loads(printed)["unrouted"] == {"order.placed": 3}
 
 
 def test_a_second_signal_ends_it_at_once_and_loses_nothing(
