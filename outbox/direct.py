@@ -131,6 +131,25 @@ def send_directly(
     return True
 
 
+def command_directly(connection: psycopg.Connection[Any], *commands: str) -> bool:
+    """Execute *commands* in one message: constants that take no values and return no rows, such as SAVEPOINT.
+
+    psycopg's account is not told. After a ROLLBACK TO it would have everything prepared anew, as types may
+    have changed; should a plan fail for that, so does its transaction, and after that it is.
+    False, with nothing done, where a cursor would do something else. Raises what a cursor raises.
+    """
+    pgconn = connection.pgconn
+    with connection.lock:
+        if (
+            pgconn.transaction_status not in (_INTRANS, TransactionStatus.INERROR)
+            or pgconn.pipeline_status != _NO_PIPELINE
+        ):
+            return False
+        pgconn.send_query("; ".join(commands).encode())
+        results_of(connection)
+    return True
+
+
 def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
     """Whether `begin_directly` would do on *connection* now what a cursor's first statements do."""
     pgconn = connection.pgconn

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 from weakref import WeakKeyDictionary
 from zlib import crc32
@@ -62,6 +62,15 @@ class _Held:
     events: list[tuple[str, Written]]
     """Each with the schema that it is for."""
     is_written: bool = False
+    times_written: int = 0
+    """How often what was held has been written, before savepoints and the commit."""
+
+
+class Held(NamedTuple):
+    """What a session's transaction holds at one moment."""
+
+    events: int
+    times_written: int
 
 
 _held: WeakKeyDictionary[SessionTransaction, _Held] = WeakKeyDictionary()
@@ -182,6 +191,24 @@ def _append_all(connection: Any, events: Sequence[Written], schema: str) -> None
     held.events.extend((schema, event) for event in events)
 
 
+def held_by(session: Session) -> Held:
+    """What is held now, to be compared later."""
+    root = session.get_transaction()
+    held = None if root is None else _held.get(root)
+    return Held(0, 0) if held is None else Held(len(held.events), held.times_written)
+
+
+def withdraw(session: Session, before: Held) -> bool:
+    """Hold no more than *before*; False where what was held then has been written since."""
+    root = session.get_transaction()
+    held = None if root is None else _held.get(root)
+    if held is not None:
+        if before.events and held.times_written != before.times_written:
+            return False
+        del held.events[before.events :]
+    return True
+
+
 def _write_held(session: Session) -> None:
     root = session.get_transaction()
     # Fired for savepoints too: what the root holds is not theirs.
@@ -209,6 +236,7 @@ def _write_out(held: _Held) -> None:
         announce(schema)
         _write(held.execute, events, schema)
     held.events.clear()
+    held.times_written += 1
 
 
 @cache

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, Final
 from uuid import UUID
 
 from outbox import pending
 from outbox.connections import Rows, executor
 from outbox.envelope import Envelope
+from outbox.savepoints import Savepoint
 from outbox.sql import in_schema
 from saga.errors import IllegalTransition
 from saga.journal import RunKey, SagaRow, SagaState, StepState
@@ -106,11 +108,22 @@ class Remembered:
     peers: Mapping[str, frozenset[str]] | None = None
     """Who takes part, as `Journal.peers` says; None before it was asked for."""
     is_doomed: bool = False
+    is_in_savepoint: bool = False
+    """Whether a step's function runs that may yet reject."""
 
     _moved: dict[UUID, SagaState] = field(default_factory=dict)
     _changed: dict[RunKey, Run] = field(default_factory=dict)
     _heard_anew: set[tuple[UUID, str]] = field(default_factory=set)
     _owed: list[tuple[str, Envelope, datetime | None, timedelta]] = field(default_factory=list)
+
+    @cached_property
+    def savepoint(self) -> Savepoint:
+        return Savepoint(self.session)
+
+    @property
+    def may_be_taken_back(self) -> bool:
+        """Whether what is written now may be taken back without the rest of the batch."""
+        return self.is_in_savepoint or bool(self.session.in_nested_transaction())
 
     def lock(self, sagas: Iterable[UUID], opens: Collection[UUID], *, decides: bool) -> None:
         """Lock *sagas*, adding those among them that are in *opens*, and read their runs."""
