@@ -94,13 +94,14 @@ class Ledger:
     def queued(self) -> int:
         """Messages in its queue, which is declared."""
         with self._connection.channel() as channel:
-            count: int = self._queue(channel).queue_declare().message_count
-        return count
+            declared: Any = self._queue(channel).queue_declare()
+        return int(declared.message_count)
 
     def close(self) -> None:
         for worker in self._workers:
             if worker.is_alive:
                 worker.kill()
+        channel: Any
         with self._connection.channel() as channel:
             for queue in (self._queue.name, f"{self.name}.tasks"):
                 channel.queue_delete(queue)

@@ -26,9 +26,11 @@ import outbox.cli
 import saga.cli
 from outbox import auditing, dead_letters, pending, quarantine
 from outbox.ids import new_id
+from tests import stages
 from tests.local_servers import LocalPgBouncer
 from tests.losing import Once, Pair, is_roll, number_of
 from tests.sagas import Shop
+from tests.stages import Scene
 from tests.workers import eventually
 
 
@@ -74,7 +76,8 @@ class Pooled:
     def _run(
         self, main: click.Command, arguments: tuple[object, ...], on: Engine | None, exits: int
     ) -> Any:
-        environment = {"OUTBOX_SCHEMA": None, "OUTBOX_DATABASE_URL": on and self.url(on)}
+        url = None if on is None else self.url(on)
+        environment = {"OUTBOX_SCHEMA": None, "OUTBOX_DATABASE_URL": url}
         given = [*map(str, arguments), "--json"]
         result = CliRunner(env=environment).invoke(main, given)
         assert result.exit_code == exits, result.output
@@ -119,7 +122,8 @@ def test_a_replay(pooled: Pooled, pair: Pair, redis_url: str) -> None:
         assert counted == {"events": {"thing.made": 6_000}}
         assert pooled.outbox(*command, on=pair.source_engine)["sent"] == 6_000
     with kombu.Connection(redis_url) as connection:
-        assert connection.default_channel.client.llen("stock.events") == 6_000
+        channel: Any = connection.default_channel
+        assert channel.client.llen("stock.events") == 6_000
 
 
 def parked(engine: Engine, count: int) -> None:
@@ -239,6 +243,13 @@ def test_a_compensation_is_skipped(pooled: Pooled, shop: Shop) -> None:
     pooled.saga("skip-compensation", saga_id, "act", *why, on=shop.engine)
     shop.play.settle()
     assert set(shop.states(saga_id).values()) == {"compensated"}
+
+
+def test_a_call_outside_is_resolved(pooled: Pooled, migrated_engine: Engine) -> None:
+    stages.an_unresolved_charge(Scene(migrated_engine, migrated_engine))
+    saying = ("charge", "--did-not-happen", "--reason", "the bank says so")
+    told = pooled.saga("resolve", stages.SAGA_ID, *saying, on=migrated_engine)
+    assert told["happened"] is False
 
 
 def test_peers_are_listed_and_retired(pooled: Pooled, shop: Shop) -> None:
