@@ -6,7 +6,7 @@ lost. It is there if the subscriber's inbox has it, or if it is owed, parked or 
 handlers whose subscription is as old as the event (`outbox.subscriptions`).
 
 Read in windows of positions, each window set against each subscriber by one statement: memory does not grow with the
-log, but for the first missing ids that are kept.
+log, but for the missing ids that are kept: ten of each line, or as many as are asked for.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from outbox.subscriptions import FIRST_ID_OF
 
 SETTLE: Final = timedelta(minutes=1)
 WINDOW: Final = timedelta(days=30)
+KEPT: Final = 10
 _ROWS: Final = 2_000
-_KEPT: Final = 10
 
 _LOG: Final = "SELECT id, current_database() AS name FROM {schema}.outbox_log"
 _SUBSCRIBED: Final = """
@@ -82,7 +82,7 @@ class Line:
     """Events that the handler should have."""
     missing: int = 0
     first: list[UUID] = field(default_factory=list)
-    """The first ones that are missing, ten at most."""
+    """The first ones that are missing, as many as were to be kept."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,19 @@ def audit(
     settle: timedelta = SETTLE,
     window: timedelta = WINDOW,
     repair: bool = False,
+    keep: int | None = KEPT,
 ) -> list[Line]:
     """Compare; a line for each source, handler and type that the handler takes.
 
     *settle*: how long an event may be on its way. *window*: the subscribers' dedupe window; what is older than that
     their inboxes need not have. *repair*: leave requests in the sources' databases, for their relays to send what is
-    missing; the caller commits.
+    missing; the caller commits. *keep*: how many missing ids to name in each line, None for all.
     """
     lines: list[Line] = []
     for source in sources:
         (log,) = source.rows(_LOG)
         for subscriber in subscribers:
-            lines += _compare(source, log, subscriber, settle, window, repair)
+            lines += _compare(source, log, subscriber, settle, window, repair, keep)
     return lines
 
 
@@ -128,6 +129,7 @@ def _compare(
     settle: timedelta,
     window: timedelta,
     repair: bool,
+    keep: int | None,
 ) -> Iterable[Line]:
     subscribed = subscriber.rows(_SUBSCRIBED)
     lines = {
@@ -150,7 +152,8 @@ def _compare(
             line = lines[row.handler, row.type]
             line.due += row.due
             line.missing += len(missing)
-            line.first += [page[at].event_id for at in missing[: _KEPT - len(line.first)]]
+            room = None if keep is None else max(keep - len(line.first), 0)
+            line.first += [page[at].event_id for at in missing[:room]]
             wanted[row.queue].update(missing)
         if repair:
             for queue, places in wanted.items():

@@ -181,12 +181,19 @@ class Billing:
 class Worker:
     """One `celery worker` process with its children."""
 
-    def __init__(self, log: Path, options: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        log: Path,
+        options: tuple[str, ...],
+        environment: Mapping[str, str],
+        *,
+        app: str = "tests.apps.billing",
+    ) -> None:
         self._log_path = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "celery", "-A", "tests.apps.billing", "worker",
+                    sys.executable, "-m", "celery", "-A", app, "worker",
                     "--without-gossip", "--without-mingle", "--without-heartbeat",
                     "--loglevel", "INFO", *options,
                 ],

@@ -11,7 +11,7 @@ import click
 from outbox import auditing
 from outbox.auditing import Database, Line
 from outbox.cli import options
-from outbox.cli.output import Problem, print_json, print_table, reporting_problems
+from outbox.cli.output import Problem, print_json, print_table, printable, reporting_problems
 from outbox.schema import component
 from outbox.status import plural
 
@@ -53,6 +53,7 @@ from outbox.status import plural
     help="The subscribers' dedupe window: older events their inboxes have forgotten.",
 )
 @click.option("--repair", is_flag=True, help="Have the sources' relays send what is missing.")
+@click.option("--all", "everything", is_flag=True, help="Name every event that is missing.")
 @options.as_json
 @reporting_problems
 def command(
@@ -62,12 +63,14 @@ def command(
     settle: float,
     window: float,
     repair: bool,
+    everything: bool,
     as_json: bool,
 ) -> None:
     """Compare what sources have sent with what subscribers have, from the databases alone.
 
     Each event that is retained in a source's log must be in the inbox of every handler that takes
-    its type, or owed, parked or quarantined there. Exits 1 where any is missing.
+    its type, or owed, parked or quarantined there. Exits 1 where any is missing. Of each line the
+    first missing event is named, with --json the first ten, and with --all every one.
     """
     with ExitStack() as stack:
         lines = auditing.audit(
@@ -76,12 +79,13 @@ def command(
             settle=timedelta(seconds=settle),
             window=timedelta(days=window),
             repair=repair,
+            keep=None if everything else auditing.KEPT,
         )
     missing = sum(line.missing for line in lines)
     if as_json:
         print_json({"missing": missing, "repairing": repair and bool(missing), "lines": lines})
     else:
-        _print(lines, missing, repair)
+        _print(lines, missing, repair=repair, everything=everything)
     if missing:
         raise SystemExit(1)
 
@@ -93,7 +97,7 @@ def _open(stack: ExitStack, url: str, schema: str) -> Database:
     return Database(connection, schema)
 
 
-def _print(lines: list[Line], missing: int, repair: bool) -> None:
+def _print(lines: list[Line], missing: int, *, repair: bool, everything: bool) -> None:
     if not lines:
         raise Problem(
             "nothing to compare: no worker of these subscribers has noted what it takes (it does when it starts), or "
@@ -104,6 +108,12 @@ def _print(lines: list[Line], missing: int, repair: bool) -> None:
         [_row(line) for line in lines],
         title=f"{plural(missing, 'event')} missing" if missing else "Nothing is missing",
     )
+    if everything:
+        for line in lines:
+            for id in line.first:
+                click.echo(printable(f"{id}  {line.type}  {line.handler}  {line.source}"))
+    elif any(line.missing > 1 for line in lines):
+        click.echo("--all names every one of them")
     if missing and repair:
         click.echo("the sources' relays send them again now; look again in a minute")
     elif missing:

@@ -51,7 +51,8 @@ def _moment(
 )
 @click.option(
     "--since",
-    required=True,
+    default=_BEGINNING,
+    show_default=True,
     callback=_moment,
     metavar="TIME",
     help="From this time on: 2026-01-31T12:00, 36h (ago), or `beginning` for all that is retained.",

@@ -1,32 +1,21 @@
-"""The documentation is true: every block of Python runs, every command exists, every test that is named is there."""
+"""The documentation is true: every block of Python runs, every test that is named is there, every link leads somewhere.
+
+Its commands are run in test_documented_commands.py.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BIN = Path(sys.executable).parent
 
 
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands() -> Iterator[tuple[str, str]]:
-    for document in DOCUMENTS:
-        for block in blocks(document, "bash"):
-            for line in block.splitlines():
-                if line.strip():
-                    yield document.name, line.strip()
 
 
 def test_the_readmes_example_works_when_pasted(tmp_path: Path) -> None:
@@ -65,34 +54,6 @@ def test_the_tests_in_the_guide_pass(database_url: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout
     assert "2 passed" in ran.stdout
-
-
-@pytest.mark.parametrize(
-    ("document", "command"), list(commands()), ids=lambda value: str(value).replace(" ", "_")
-)
-def test_a_command_in_the_documents_works(
-    document: str, command: str, migrated_database_url: str, redis_url: str
-) -> None:
-    words = shlex.split(command)
-    if words[0] == "make":
-        # What the targets do, tests of their own show; here: that they are there.
-        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-        return
-    environment = {
-        **os.environ,
-        "OUTBOX_DATABASE_URL": migrated_database_url,
-        "OUTBOX_BROKER_URL": redis_url,
-    }
-    ran = subprocess.run(
-        [BIN / words[0], *words[1:]],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode in (0, 1), ran.stderr
-    assert "Traceback" not in ran.stderr
 
 
 def test_every_test_that_the_guarantees_rest_on_exists() -> None:

@@ -191,6 +191,31 @@ def test_what_was_redelivered_is_counted_first_and_runs_alone(billing: Subscribe
     assert transactions(billing) == 2
 
 
+def test_each_event_of_an_ordered_type_has_a_transaction_of_its_own(billing: Subscriber) -> None:
+    class Changed(Placed): ...
+
+    billing.registry.event("order.changed", key="order", ordered=True)(Changed)
+
+    @billing.service.on(Placed, Changed, name=BILL)
+    def bill(event: Placed, session: Session) -> None:
+        billing.effect(session, f"{type(event).__name__} {event.order} {event.total}")
+
+    def changed(order: str, number: int) -> Incoming:
+        body = billing.envelope(Changed(order=order, total=number)).body
+        return Incoming(body, key_seq=number)
+
+    placed = messages(billing, "a", "b", "c")
+    batch = [placed[0], changed("a", 1), changed("a", 2), placed[1], changed("b", 1), placed[2]]
+    receipts = billing.receiver().take_in_batch(batch)
+
+    assert outcomes(receipts) == [Outcome.HANDLED] * 6
+    rows = billing.rows("SELECT what, xmin::text AS xid FROM effect")
+    together = {row.xid for row in rows if row.what.startswith("Placed")}
+    alone = [row.xid for row in rows if row.what.startswith("Changed")]
+    assert len(together) == 1
+    assert len({*together, *alone}) == 1 + 3
+
+
 def test_what_cannot_be_read_is_quarantined_and_the_others_are_handled(billing: Subscriber) -> None:
     bill_by_order(billing)
     good = messages(billing, "a", "b")
