@@ -44,7 +44,7 @@ class Billing:
         self.name = f"b{uuid.uuid4().hex[:10]}"
         self.queue = f"{self.name}.events"
         self.engine: Engine = create_engine(database_url)
-        self._directory = directory
+        self.directory = directory
         self._environment = {
             "BILLING_NAME": self.name,
             "BILLING_BROKER": broker_url,
@@ -54,7 +54,7 @@ class Billing:
             "OUTBOX_TEST": "1",
         }
         self._topology = Topology(
-            self.queue, ("order.placed",), f"{self.name}.exchange", queue_type
+            self.queue, ("order.placed", "order.stepped"), f"{self.name}.exchange", queue_type
         )
         self.connection = Connection(broker_url)
         self._workers: list[Worker] = []
@@ -70,7 +70,7 @@ class Billing:
         """Start a worker and wait until it consumes; not if it *is_doomed* and may be dead by then."""
         name = f"{self.name}-{len(self._workers)}"
         options = ("--hostname", f"{name}@localhost", *(options or ("--concurrency", "2")))
-        path = self._directory / f"{name}.log"
+        path = self.directory / f"{name}.log"
         worker = Worker(path, options, {**self._environment, **environment})
         self._workers.append(worker)
         if not is_doomed:
