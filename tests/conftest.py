@@ -282,6 +282,12 @@ def private_redis(room: Room) -> Iterator[LocalRedis]:
 
 
 @pytest.fixture
+def forgetful_redis(room: Room) -> Iterator[LocalRedis]:
+    """A Redis of the test's own that keeps nothing on disk: after `kill` and `start` it is empty."""
+    yield from _private(LocalRedis(room.private_directory()))
+
+
+@pytest.fixture
 def private_rabbitmq(room: Room) -> Iterator[LocalRabbitMQ]:
     """A RabbitMQ of the test's own; takes some seconds to start."""
     reason = servers.why_not("rabbitmq", "local")

@@ -33,7 +33,7 @@ class BillingOnKafka:
         self.topic = f"{self.name}.exchange.order"
         self.kafka = kafka
         self.engine: Engine = create_engine(database_url)
-        self._directory = directory
+        self.directory = directory
         self._environment = {
             "BILLING_NAME": self.name,
             "BILLING_DATABASE": database_url,
@@ -66,7 +66,7 @@ class BillingOnKafka:
         )
 
     def _start(self, *arguments: str, **environment: str) -> Process:
-        path = self._directory / f"{self.name}-{len(self._processes)}.log"
+        path = self.directory / f"{self.name}-{len(self._processes)}.log"
         process = Process(path, (*arguments, "--json"), {**self._environment, **environment})
         self._processes.append(process)
         return process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from outbox.buses.topology import Topology
 from outbox.envelope import decode
 from outbox.events import Registry
 from outbox.receive import Receiver, ReceiveSettings
-from outbox.relay import Relay, RelaySettings
 from outbox.rolls import Roll, is_control
 from outbox.rolls import decode as decode_control
 from outbox.service import RetryPolicy, Service
 from outbox.vigil import Vigil
+from tests.relaying import relaying
 from tests.workers import eventually
 
 SOON = timedelta(milliseconds=100)
@@ -140,15 +139,8 @@ class Pair:
     @contextmanager
     def relaying(self, **settings: Any) -> Iterator[None]:
         options = {"rolls": SOON, "standings": (SOON,), **settings}
-        relay = Relay(self.source_engine.url, self.wire, settings=RelaySettings(**options))
-        thread = threading.Thread(target=relay.run)
-        thread.start()
-        try:
+        with relaying(self.source_engine, self.wire, **options):
             yield
-        finally:
-            relay.stop()
-            thread.join(30)
-            assert not thread.is_alive()
 
     @property
     def effects(self) -> list[int]:

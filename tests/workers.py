@@ -24,6 +24,7 @@ from outbox.buses.message import celery_message
 from outbox.buses.topology import QueueType, Topology, kombu_queue
 from outbox.envelope import Envelope
 from outbox.writing import encode
+from tests import doomed
 from tests.apps import billing
 
 R = TypeVar("R")
@@ -44,7 +45,7 @@ class Billing:
         self.name = f"b{uuid.uuid4().hex[:10]}"
         self.queue = f"{self.name}.events"
         self.engine: Engine = create_engine(database_url)
-        self._directory = directory
+        self.directory = directory
         self._environment = {
             "BILLING_NAME": self.name,
             "BILLING_BROKER": broker_url,
@@ -54,7 +55,7 @@ class Billing:
             "OUTBOX_TEST": "1",
         }
         self._topology = Topology(
-            self.queue, ("order.placed",), f"{self.name}.exchange", queue_type
+            self.queue, ("order.placed", "order.stepped"), f"{self.name}.exchange", queue_type
         )
         self.connection = Connection(broker_url)
         self._workers: list[Worker] = []
@@ -66,16 +67,22 @@ class Billing:
         """The queue and its binding, as a relay would make them before any worker runs."""
         kombu_queue(self._topology)(self.connection.default_channel).declare()
 
-    def worker(self, *options: str, is_doomed: bool = False, **environment: str) -> Worker:
-        """Start a worker and wait until it consumes; not if it *is_doomed* and may be dead by then."""
+    def worker(self, *options: str, **environment: str) -> Worker:
+        """Start a worker and wait until it consumes."""
         name = f"{self.name}-{len(self._workers)}"
         options = ("--hostname", f"{name}@localhost", *(options or ("--concurrency", "2")))
-        path = self._directory / f"{name}.log"
+        path = self.directory / f"{name}.log"
         worker = Worker(path, options, {**self._environment, **environment})
         self._workers.append(worker)
-        if not is_doomed:
-            worker.wait_until_ready()
+        worker.wait_until_ready()
         return worker
+
+    def doomed(self, **environment: str) -> tuple[int | None, str]:
+        """Run a worker in one process (solo) that a crash point ends; returns its exit code, and its log."""
+        path = self.directory / f"{self.name}-doomed.log"
+        settings = {**self._environment, **environment}
+        code = doomed.exit_code(("--pool", "solo", "--loglevel", "INFO"), settings, path)
+        return code, path.read_text(errors="replace")
 
     def kill_workers(self) -> None:
         """Until the broker knows, too: what it hands to the dead would come to others as redelivered."""

@@ -34,6 +34,13 @@ class Placed(BaseModel):
     do: str = ""
 
 
+@registry.event("order.stepped", key="order", ordered=True)
+class Stepped(BaseModel):
+    order: str
+    step: int
+    do: str = ""
+
+
 service = Service(
     NAME,
     registry=registry,
@@ -95,6 +102,28 @@ def bill(event: Placed, session: Session) -> None:
             handled = current()
             assert handled is not None
             pending.schedule(session, NAME, f"{NAME}.remind", handled.envelope)
+
+
+@service.on(Stepped, name=f"{NAME}.take_step")
+def take_step(event: Stepped, session: Session) -> None:
+    """Writes beside each step which one it came after: the last one that had been committed."""
+    session.execute(
+        text(
+            "INSERT INTO step (key, step, after, process) "
+            "SELECT :key, :step, coalesce(max(step), 0), :process FROM step WHERE key = :key"
+        ),
+        {"key": event.order, "step": event.step, "process": os.getpid()},
+    )
+    what, _, how = event.do.partition(" ")
+    if how == "once" and has_been_here(f"{event.order}-{event.step}"):
+        return
+    match what:
+        case "fail":
+            raise ValueError("told to fail")
+        case "hang":
+            time.sleep(600)
+        case "sleep":
+            time.sleep(float(how))
 
 
 def remind(delivery: Delivery, session: Session) -> None:

@@ -17,6 +17,8 @@ from tests.apps.billing import Placed, registry
 from tests.kafka_brokers import Kafka
 from tests.kafka_consumers import BillingOnKafka
 from tests.mock_kafka import PRODUCE, MockKafka
+from tests.relaying import relaying
+from tests.steps import STEPS, Steps
 from tests.workers import eventually
 
 NOT_ALLOWED = 29
@@ -53,6 +55,26 @@ def test_what_is_committed_is_handled_once_though_the_broker_refuses_and_the_con
         relaying.join(30)
     assert relay.stats.failures
     assert billing.count("quarantine") == billing.count("dead_letter") == 0
+
+
+@pytest.mark.parametrize("kafka", ["broker"], indirect=True)
+@pytest.mark.parametrize("batch", [(), ("--batch", "20")], ids=["alone", "in batches"])
+def test_each_key_is_in_order_though_handlers_fail_and_a_consumer_is_killed(
+    billing: BillingOnKafka, batch: tuple[str, ...]
+) -> None:
+    steps = Steps(billing.engine, billing.directory, "order", seed=len(batch))
+    options = ("--concurrency", "4", *batch)
+    with relaying(billing.engine, billing.bus):
+        doomed = billing.consumer(*options)
+        steps.publish(until=STEPS // 2)
+        steps.until_one_hangs()
+        doomed.kill()
+        assert 0 < steps.count() < len(steps.keys) * STEPS // 2
+        billing.consumer(*options, ready=False)
+        steps.publish(until=STEPS)
+        steps.until_all_are_taken()
+        eventually(lambda: billing.count("pending_delivery") == 0, explain=billing.logs)
+    steps.assert_in_order()
 
 
 def test_what_a_consumer_settled_comes_to_no_other_one(billing: BillingOnKafka) -> None:
