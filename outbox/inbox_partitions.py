@@ -30,7 +30,10 @@ _STRAYS_AT_ONCE: Final = 10_000
 
 # One process at a time; nobody waits, as whoever holds it is doing the same work.
 _TRY_TURN = "SELECT pg_try_advisory_xact_lock(hashtext('{schema}.inbox partitions'))"
-_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', :timeout, true)"
+# The second: should this process be paused with the locks in its hands, no delivery waits behind it for long.
+_BRIEFLY = """
+SELECT set_config('lock_timeout', :timeout, true), set_config('idle_in_transaction_session_timeout', '1s', true)
+"""
 _TODAY = "SELECT (now() AT TIME ZONE 'UTC')::date"
 _PARTITIONS = """
 SELECT child.relname FROM pg_inherits
@@ -141,7 +144,7 @@ class _Inbox:
                 has_turn = connection.execute(statement(_TRY_TURN, self.schema)).scalar_one()
                 if not has_turn or (day in self._days(connection)) is not exists:
                     return False
-                connection.execute(text(_LOCK_TIMEOUT), {"timeout": lock_timeout})
+                connection.execute(text(_BRIEFLY), {"timeout": lock_timeout})
                 for sql in sqls:
                     # Not `statement`, whose cache is for texts that come again.
                     connection.execute(text(in_schema(sql.replace("%s", _name(day)), self.schema)))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox.ids import new_id
@@ -98,6 +103,29 @@ def test_forgetting_does_not_wait_for_a_handler_that_is_running(migrated_engine:
 
     assert (done.emptied, done.dropped) == ([name(-40)], [])
     assert maintain(migrated_engine, window=WINDOW, days_ahead=0).dropped == [name(-40)]
+
+
+def test_a_process_that_is_paused_with_the_locks_keeps_no_delivery_waiting(
+    migrated_engine: Engine, make_engine: Callable[..., Engine]
+) -> None:
+    paused, go_on = threading.Event(), threading.Event()
+    theirs = make_engine(migrated_engine.url)
+
+    @event.listens_for(theirs, "before_cursor_execute")
+    def pause(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("ALTER TABLE"):
+            paused.set()
+            go_on.wait(60)
+
+    with ThreadPoolExecutor() as threads:
+        upkeep = threads.submit(maintain, theirs, window=WINDOW)
+        try:
+            assert paused.wait(30)
+            assert enter(migrated_engine, id_of(0)) is Arrival.FIRST
+        finally:
+            go_on.set()
+        with pytest.raises(DBAPIError):
+            upkeep.result()
 
 
 def test_rows_outside_of_any_day_are_deleted_by_age(migrated_engine: Engine) -> None:
