@@ -50,7 +50,8 @@ def spent_since(before: Readings) -> Counter[str]:
     """CPU seconds by program since *before* was read."""
     spent: Counter[str] = Counter()
     for process, (program, seconds) in read_cpu().items():
-        spent[program] += seconds - before.get(process, (program, 0.0))[1]
+        seconds -= before.get(process, (program, 0.0))[1]
+        spent[program] += seconds  # type: ignore[assignment]  # a Counter's stubs know whole numbers only
     return +spent
 
 

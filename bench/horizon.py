@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import count
@@ -188,6 +188,7 @@ class _NullBus:
 
     def __init__(self) -> None:
         self.relay: Relay | None = None
+        self.unrouted: Mapping[str, int] = {}
         self.until = 0
 
     def declare(self, topology: Topology) -> None: ...

@@ -97,7 +97,7 @@ def _bare(url: str) -> Any:
         OutgoingMessage(str(uuid4()), "order.created", str(number), BODY % number, 0, 0)
         for number in range(EVENTS)
     ]
-    topics = {("order.created", None): "bench.control"}
+    topics: dict[tuple[str, str | None], str] = {("order.created", None): "bench.control"}
 
     def produce(timer: Timer) -> None:
         records = list(RecordEncoder().records(events, topics))

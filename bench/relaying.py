@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -36,11 +36,12 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
         reach=40,
     )
     if rabbitmq_url is not None:
-        for kind, awaited, floor, reach in (
+        compared: list[tuple[QueueType, bool, float, float]] = [
             ("quorum", False, 0.95, 2.0),
             ("classic", False, 0.95, 2.0),
             ("quorum", True, 7, 16),
-        ):
+        ]
+        for kind, awaited, floor, reach in compared:
             how = "each awaited" if awaited else "pipelined"
             exchange = "bench" if kind == "quorum" else f"bench.{kind}"
             yield Figure(
@@ -79,6 +80,7 @@ class _Counting:
     def __init__(self, bus: Bus, until: int) -> None:
         self._bus, self._until, self._confirmed = bus, until, 0
         self.relay: Relay | None = None
+        self.unrouted: Mapping[str, int] = {}
 
     def declare(self, topology: Topology) -> None: ...
 
@@ -131,7 +133,11 @@ def _py_amqp(url: str, exchange: str, awaited: bool) -> Any:
 
     _, host, port, user, password, vhost, _ = url_to_parts(url)
     connection = amqp.Connection(
-        f"{host}:{port}", user, password, virtual_host=vhost or "/", confirm_publish=awaited
+        f"{host}:{port}",
+        user or "guest",
+        password or "guest",
+        virtual_host=vhost or "/",
+        confirm_publish=awaited,
     )
     connection.connect()
     channel: Any = connection.channel()

