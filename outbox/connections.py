@@ -83,11 +83,10 @@ class _ThroughPsycopg:
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         if not returns and write_directly(self.driver, sql, params):
             return []
-        driver = self.driver
-        # A raw one would not take `%s`.
-        is_raw = issubclass(driver.cursor_factory, psycopg.RawCursor)
-        kind = psycopg.Cursor if is_raw else driver.cursor_factory
-        with kind(driver, row_factory=tuple_row) as cursor:
+        made = self.driver.cursor(row_factory=tuple_row)
+        if isinstance(made, psycopg.RawCursor):  # which would not take `%s`
+            made = psycopg.Cursor(self.driver, row_factory=tuple_row)
+        with made as cursor:
             cursor.execute(sql.encode(), params)
             return cursor.fetchall() if returns else []
 

@@ -95,14 +95,18 @@ def send_directly(
     False, with nothing done, where a cursor would do something else. Raises what a cursor raises.
     """
     pgconn = connection.pgconn
-    if (
-        pgconn.transaction_status != _INTRANS
-        or pgconn.pipeline_status != _NO_PIPELINE
-        or pgconn.parameter_status(b"client_encoding") != _UTF8
-        or issubclass(connection.cursor_factory, psycopg.ClientCursor)
-    ):
-        return False
     with connection.lock:
+        # In here, as another thread's commit in between would leave the statement to commit by itself.
+        if (
+            pgconn.transaction_status != _INTRANS
+            or pgconn.pipeline_status != _NO_PIPELINE
+            or pgconn.parameter_status(b"client_encoding") != _UTF8
+            or (
+                connection.cursor_factory is not psycopg.Cursor
+                and not _binds_on_the_server(connection)
+            )
+        ):
+            return False
         account: Any = getattr(connection, _ACCOUNT, None)
         if account is None:
             pgconn.send_query_params(statement.query, values, None, formats)
@@ -143,8 +147,14 @@ def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
         and connection.read_only is None
         and connection.deferrable is None
         and pgconn.parameter_status(b"client_encoding") == _UTF8
-        and not issubclass(connection.cursor_factory, psycopg.ClientCursor)
+        and _binds_on_the_server(connection)
     )
+
+
+def _binds_on_the_server(connection: psycopg.Connection[Any]) -> bool:
+    """Whether its cursors are known to: what makes them may be any function."""
+    made_by: object = connection.cursor_factory
+    return isinstance(made_by, type) and not issubclass(made_by, psycopg.ClientCursor)
 
 
 def begin_directly(
@@ -152,12 +162,15 @@ def begin_directly(
 ) -> PGresult | None:
     """BEGIN and *statements*, each with its scalars, in one message; the result of the last one.
 
-    None, with nothing done, if a parameter is no scalar. Raises what a cursor raises for the first that fails. Whatever
-    else is raised, by a signal for instance, leaves a connection that says it is active, and is of no more use.
+    None, with nothing done, if a parameter is no scalar, or where `can_begin_directly` holds no longer: another thread
+    may have begun meanwhile. Raises what a cursor raises for the first that fails. Whatever else is raised, by a signal
+    for instance, leaves a connection that says it is active, and is of no more use.
     """
     given = [_as_libpq_takes_them(params) for _, params in statements]
     pgconn = connection.pgconn
     with connection.lock:
+        if not can_begin_directly(connection):
+            return None
         account: Any = getattr(connection, _ACCOUNT, None)
         commands: list[Callable[[], None]] = [partial(pgconn.send_query_params, _BEGIN, None)]
         prepared: list[tuple[int, Any]] = []

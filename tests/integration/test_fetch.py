@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 from outbox import direct, statements
 from outbox.statements import begin_with, fetch, statement
 from outbox.transient import is_lock_timeout, is_transient
+from tests.overtaking import overtake
 
 
 @pytest.fixture
@@ -132,8 +134,9 @@ def test_they_go_out_in_one_message(session: Session, monkeypatch: pytest.Monkey
             execution_options={"isolation_level": "REPEATABLE READ"}
         ),
         lambda session: driver_of(session).execute("SET client_encoding TO LATIN1"),
+        lambda session: setattr(driver_of(session), "cursor_factory", partial(psycopg.Cursor)),
     ],
-    ids=["a transaction that has begun", "an isolation level", "another encoding"],
+    ids=["a transaction that has begun", "an isolation level", "another encoding", "a partial"],
 )
 def test_where_that_cannot_be_they_run_one_by_one(
     session: Session, hinder: Any, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +145,15 @@ def test_where_that_cannot_be_they_run_one_by_one(
     hinder(session)
     (row,) = begin_with(session, [LIMIT, SAID], "outbox")
     assert tuple(row) == (SAID[1]["id"], b"\x00\xff", None, 4, False, "100ms", "100% of {}", 1, 5)
+
+
+def test_another_thread_that_begins_just_before_has_them_run_one_by_one(session: Session) -> None:
+    driver, notices = driver_of(session), []
+    driver.add_notice_handler(lambda said: notices.append(said.message_primary))
+    overtake(driver, lambda: driver.execute("SELECT 1"))
+    (row,) = begin_with(session, [LIMIT, SAID], "outbox")
+    assert row[5] == "100ms"
+    assert notices == []  # such as that there was a transaction in progress
 
 
 @pytest.mark.parametrize("earlier_runs", [0, 4, 5, 6])
