@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, Final, NoReturn, Protocol
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -16,6 +16,11 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox.direct import write_directly
 from outbox.errors import ConfigurationError, NotInTransaction
+
+USE_ASYNC: Final = (
+    "hand over a SQLAlchemy AsyncSession or AsyncConnection to `await apublish(...)`; with psycopg alone, use a "
+    "synchronous connection"
+)
 
 Rows = list[tuple[Any, ...]]
 Execute = Callable[[str, Sequence[Any], bool], Rows]
@@ -94,7 +99,7 @@ class _ThroughPsycopg:
 @dataclass(slots=True)
 class _ThroughDjango:
     connection: Any
-    driver: None = None
+    driver: ClassVar[None] = None
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         with self.connection.cursor() as cursor:
@@ -105,7 +110,7 @@ class _ThroughDjango:
 @dataclass(slots=True)
 class _ThroughSQLAlchemy:
     connection: Connection
-    driver: None = None
+    driver: ClassVar[None] = None
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         named = {f"p{number}": param for number, param in enumerate(params)}
@@ -126,8 +131,15 @@ def _refuse_autocommit() -> NoReturn:
     )
 
 
+def kind_of(connection: object) -> str:
+    """Its class, for an error text."""
+    return f"{type(connection).__module__}.{type(connection).__qualname__}"
+
+
 def _refused(connection: object) -> ConfigurationError:
-    kind = f"{type(connection).__module__}.{type(connection).__qualname__}"
+    kind = kind_of(connection)
+    if isinstance(connection, psycopg.AsyncConnection | psycopg.AsyncCursor):
+        return ConfigurationError(f"cannot publish through a {kind}: {USE_ASYNC}")
     if "async" in kind.lower():
         return ConfigurationError(f"{kind} is asynchronous: use `await apublish(...)`")
     return ConfigurationError(
