@@ -18,10 +18,11 @@ public names: where a release has another one, nothing is prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -75,10 +76,20 @@ class Statement:
     """None given: the server takes those of the columns."""
 
 
+class Begun(NamedTuple):
+    """What has come of the first statements of a transaction."""
+
+    done: int
+    """So many of them; those behind one that failed were not run."""
+    result: PGresult
+    """Of the last one, or of the first that failed."""
+
+
 def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequence[Any]) -> bool:
     """Execute *sql*, `%s` for each of *params*, which are given the types of their columns; its result is dropped.
 
-    False, with nothing done, if a parameter is no scalar, or as `send_directly`. Raises what a cursor raises.
+    False, with nothing done, if a parameter is no scalar or holds a NUL, or as `send_directly`. Raises what a cursor
+    raises.
     """
     given = _as_libpq_takes_them(params)
     return given is not None and send_directly(connection, direct_statement(sql), *given)
@@ -159,12 +170,13 @@ def _binds_on_the_server(connection: psycopg.Connection[Any]) -> bool:
 
 def begin_directly(
     connection: psycopg.Connection[Any], statements: Sequence[tuple[Statement, Sequence[Any]]]
-) -> PGresult | None:
-    """BEGIN and *statements*, each with its scalars, in one message; the result of the last one.
+) -> Begun | None:
+    """BEGIN and *statements*, each with its scalars, in one message.
 
-    None, with nothing done, if a parameter is no scalar, or where `can_begin_directly` holds no longer: another thread
-    may have begun meanwhile. Raises what a cursor raises for the first that fails. Whatever else is raised, by a signal
-    for instance, leaves a connection that says it is active, and is of no more use.
+    None, with nothing done, if a parameter is no scalar or holds a NUL, or where `can_begin_directly` holds no longer:
+    another thread may have begun meanwhile. Raises `psycopg.OperationalError` for a connection that is lost. An
+    interrupt from the keyboard cancels what runs, as with a cursor, and leaves a transaction that failed. Whatever else
+    is raised meanwhile, by a signal for instance, leaves a connection that says it is active, and is of no more use.
     """
     given = [_as_libpq_takes_them(params) for _, params in statements]
     pgconn = connection.pgconn
@@ -195,12 +207,12 @@ def begin_directly(
                 key = account.maybe_add_to_cache(statement, prepare, name)
                 if key is not None:
                     account.validate(key, prepare, name, [results[place]])
-        for result in results:
+        for place, result in enumerate(results):
             if result.status not in _DONE:
-                raise error_from_result(result, encoding="utf-8")
+                return Begun(sum(last < place for last, _ in prepared), result)
         if account is not None:
             connection.wait(account.maintain_gen(connection))
-    return results[-1]
+    return Begun(len(statements), results[-1])
 
 
 def _in_one_message(
@@ -208,10 +220,15 @@ def _in_one_message(
 ) -> list[PGresult]:
     pgconn = connection.pgconn
     pgconn.enter_pipeline_mode()
-    for command in commands:
-        command()
-    pgconn.pipeline_sync()
-    results = connection.wait(_results_until_sync(pgconn))
+    try:
+        for command in commands:
+            command()
+        pgconn.pipeline_sync()
+        results = connection.wait(_results_until_sync(pgconn))
+    except BaseException:
+        with suppress(psycopg.Error):  # where something is left to be read, it has to stay
+            pgconn.exit_pipeline_mode()
+        raise
     pgconn.exit_pipeline_mode()
     return results
 
@@ -236,7 +253,7 @@ def _as_libpq_takes_them(
         kind = type(param)
         if param is None:
             values.append(None)
-        elif kind is str:
+        elif kind is str and "\x00" not in param:  # which would end it unnoticed
             values.append(param.encode())
         elif kind is int:
             values.append(b"%d" % param)

@@ -51,6 +51,17 @@ def test_values_arrive_as_through_a_cursor(connection: psycopg.Connection) -> No
     assert rows(connection) == many
 
 
+def test_a_text_that_would_end_at_a_nul_is_refused_as_by_a_cursor(
+    connection: psycopg.Connection,
+) -> None:
+    connection.execute("SELECT 1")
+    row = (uuid4(), "before\x00behind", 1, b"", 1)
+    assert not write_directly(connection, INSERT, row)
+    with pytest.raises(psycopg.DataError, match="NUL"):
+        executor(connection)(INSERT, row, False)
+    assert rows(connection) == []
+
+
 def test_an_error_is_the_drivers_and_aborts_the_transaction(
     connection: psycopg.Connection,
 ) -> None:
