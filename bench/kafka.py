@@ -100,7 +100,7 @@ def _bare(url: str) -> Any:
     topics: dict[tuple[str, str | None], str] = {("order.created", None): "bench.control"}
 
     def produce(timer: Timer) -> None:
-        records = list(RecordEncoder().records(events, topics))
+        records = RecordEncoder().records(events, topics)
         with timer.counting(EVENTS):
             for topic, body, key, headers in records:
                 producer.produce(topic, body, key, headers=headers)

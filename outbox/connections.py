@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, Final, NoReturn, Protocol
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -16,6 +16,11 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox.direct import write_directly
 from outbox.errors import ConfigurationError, NotInTransaction
+
+USE_ASYNC: Final = (
+    "hand over a SQLAlchemy AsyncSession or AsyncConnection to `await apublish(...)`; with psycopg alone, use a "
+    "synchronous connection"
+)
 
 Rows = list[tuple[Any, ...]]
 Execute = Callable[[str, Sequence[Any], bool], Rows]
@@ -83,11 +88,10 @@ class _ThroughPsycopg:
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         if not returns and write_directly(self.driver, sql, params):
             return []
-        driver = self.driver
-        # A raw one would not take `%s`.
-        is_raw = issubclass(driver.cursor_factory, psycopg.RawCursor)
-        kind = psycopg.Cursor if is_raw else driver.cursor_factory
-        with kind(driver, row_factory=tuple_row) as cursor:
+        made = self.driver.cursor(row_factory=tuple_row)
+        if isinstance(made, psycopg.RawCursor):  # which would not take `%s`
+            made = psycopg.Cursor(self.driver, row_factory=tuple_row)
+        with made as cursor:
             cursor.execute(sql.encode(), params)
             return cursor.fetchall() if returns else []
 
@@ -95,7 +99,7 @@ class _ThroughPsycopg:
 @dataclass(slots=True)
 class _ThroughDjango:
     connection: Any
-    driver: None = None
+    driver: ClassVar[None] = None
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         with self.connection.cursor() as cursor:
@@ -106,7 +110,7 @@ class _ThroughDjango:
 @dataclass(slots=True)
 class _ThroughSQLAlchemy:
     connection: Connection
-    driver: None = None
+    driver: ClassVar[None] = None
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         named = {f"p{number}": param for number, param in enumerate(params)}
@@ -127,8 +131,15 @@ def _refuse_autocommit() -> NoReturn:
     )
 
 
+def kind_of(connection: object) -> str:
+    """Its class, for an error text."""
+    return f"{type(connection).__module__}.{type(connection).__qualname__}"
+
+
 def _refused(connection: object) -> ConfigurationError:
-    kind = f"{type(connection).__module__}.{type(connection).__qualname__}"
+    kind = kind_of(connection)
+    if isinstance(connection, psycopg.AsyncConnection | psycopg.AsyncCursor):
+        return ConfigurationError(f"cannot publish through a {kind}: {USE_ASYNC}")
     if "async" in kind.lower():
         return ConfigurationError(f"{kind} is asynchronous: use `await apublish(...)`")
     return ConfigurationError(

@@ -18,10 +18,11 @@ public names: where a release has another one, nothing is prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -75,10 +76,20 @@ class Statement:
     """None given: the server takes those of the columns."""
 
 
+class Begun(NamedTuple):
+    """What has come of the first statements of a transaction."""
+
+    done: int
+    """So many of them; those behind one that failed were not run."""
+    result: PGresult
+    """Of the last one, or of the first that failed."""
+
+
 def write_directly(connection: psycopg.Connection[Any], sql: str, params: Sequence[Any]) -> bool:
     """Execute *sql*, `%s` for each of *params*, which are given the types of their columns; its result is dropped.
 
-    False, with nothing done, if a parameter is no scalar, or as `send_directly`. Raises what a cursor raises.
+    False, with nothing done, if a parameter is no scalar or holds a NUL, or as `send_directly`. Raises what a cursor
+    raises.
     """
     given = _as_libpq_takes_them(params)
     return given is not None and send_directly(connection, direct_statement(sql), *given)
@@ -95,14 +106,18 @@ def send_directly(
     False, with nothing done, where a cursor would do something else. Raises what a cursor raises.
     """
     pgconn = connection.pgconn
-    if (
-        pgconn.transaction_status != _INTRANS
-        or pgconn.pipeline_status != _NO_PIPELINE
-        or pgconn.parameter_status(b"client_encoding") != _UTF8
-        or issubclass(connection.cursor_factory, psycopg.ClientCursor)
-    ):
-        return False
     with connection.lock:
+        # In here, as another thread's commit in between would leave the statement to commit by itself.
+        if (
+            pgconn.transaction_status != _INTRANS
+            or pgconn.pipeline_status != _NO_PIPELINE
+            or pgconn.parameter_status(b"client_encoding") != _UTF8
+            or (
+                connection.cursor_factory is not psycopg.Cursor
+                and not _binds_on_the_server(connection)
+            )
+        ):
+            return False
         account: Any = getattr(connection, _ACCOUNT, None)
         if account is None:
             pgconn.send_query_params(statement.query, values, None, formats)
@@ -162,21 +177,31 @@ def can_begin_directly(connection: psycopg.Connection[Any]) -> bool:
         and connection.read_only is None
         and connection.deferrable is None
         and pgconn.parameter_status(b"client_encoding") == _UTF8
-        and not issubclass(connection.cursor_factory, psycopg.ClientCursor)
+        and _binds_on_the_server(connection)
     )
+
+
+def _binds_on_the_server(connection: psycopg.Connection[Any]) -> bool:
+    """Whether its cursors are known to: what makes them may be any function."""
+    made_by: object = connection.cursor_factory
+    return isinstance(made_by, type) and not issubclass(made_by, psycopg.ClientCursor)
 
 
 def begin_directly(
     connection: psycopg.Connection[Any], statements: Sequence[tuple[Statement, Sequence[Any]]]
-) -> PGresult | None:
-    """BEGIN and *statements*, each with its scalars, in one message; the result of the last one.
+) -> Begun | None:
+    """BEGIN and *statements*, each with its scalars, in one message.
 
-    None, with nothing done, if a parameter is no scalar. Raises what a cursor raises for the first that fails. Whatever
-    else is raised, by a signal for instance, leaves a connection that says it is active, and is of no more use.
+    None, with nothing done, if a parameter is no scalar or holds a NUL, or where `can_begin_directly` holds no longer:
+    another thread may have begun meanwhile. Raises `psycopg.OperationalError` for a connection that is lost. An
+    interrupt from the keyboard cancels what runs, as with a cursor, and leaves a transaction that failed. Whatever else
+    is raised meanwhile, by a signal for instance, leaves a connection that says it is active, and is of no more use.
     """
     given = [_as_libpq_takes_them(params) for _, params in statements]
     pgconn = connection.pgconn
     with connection.lock:
+        if not can_begin_directly(connection):
+            return None
         account: Any = getattr(connection, _ACCOUNT, None)
         commands: list[Callable[[], None]] = [partial(pgconn.send_query_params, _BEGIN, None)]
         prepared: list[tuple[int, Any]] = []
@@ -201,12 +226,12 @@ def begin_directly(
                 key = account.maybe_add_to_cache(statement, prepare, name)
                 if key is not None:
                     account.validate(key, prepare, name, [results[place]])
-        for result in results:
+        for place, result in enumerate(results):
             if result.status not in _DONE:
-                raise error_from_result(result, encoding="utf-8")
+                return Begun(sum(last < place for last, _ in prepared), result)
         if account is not None:
             connection.wait(account.maintain_gen(connection))
-    return results[-1]
+    return Begun(len(statements), results[-1])
 
 
 def _in_one_message(
@@ -214,10 +239,15 @@ def _in_one_message(
 ) -> list[PGresult]:
     pgconn = connection.pgconn
     pgconn.enter_pipeline_mode()
-    for command in commands:
-        command()
-    pgconn.pipeline_sync()
-    results = connection.wait(_results_until_sync(pgconn))
+    try:
+        for command in commands:
+            command()
+        pgconn.pipeline_sync()
+        results = connection.wait(_results_until_sync(pgconn))
+    except BaseException:
+        with suppress(psycopg.Error):  # where something is left to be read, it has to stay
+            pgconn.exit_pipeline_mode()
+        raise
     pgconn.exit_pipeline_mode()
     return results
 
@@ -242,7 +272,7 @@ def _as_libpq_takes_them(
         kind = type(param)
         if param is None:
             values.append(None)
-        elif kind is str:
+        elif kind is str and "\x00" not in param:  # which would end it unnoticed
             values.append(param.encode())
         elif kind is int:
             values.append(b"%d" % param)

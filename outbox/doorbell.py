@@ -76,7 +76,7 @@ def bells() -> list[Doorbell]:
 
 def announce(schema: str) -> None:
     """Say that an event for *schema* is about to be committed. Neither waits nor raises."""
-    for bell in RINGING:
+    for bell in tuple(RINGING):  # another thread, or `ring` itself, may be changing it
         bell.ring(schema)
 
 

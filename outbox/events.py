@@ -180,13 +180,10 @@ class Registry:
     def upcast(self, name: str, *, from_version: int) -> Callable[[Upcaster], Upcaster]:
         """Declare the decorated function as the step from *from_version* of event type *name* to the next version.
 
-        It takes and returns the payload as a dict, and is applied before validation; steps chain.
+        It takes and returns the payload as a dict, and is applied before validation; steps chain. Raises
+        `ConfigurationError` for a version that no event can have, and for a second upcaster of one.
         """
-
-        if from_version < 1:
-            raise ConfigurationError(
-                f"upcaster of {name}: from_version is {from_version}; versions start at 1"
-            )
+        _check_version(from_version, f"upcaster of {name}: from_version")
 
         def register(step: Upcaster) -> Upcaster:
             if (name, from_version) in self._upcasters:
@@ -294,10 +291,7 @@ def _check_declaration(event_type: EventType) -> None:
             f"{where}: {name!r} is no event type name; write dotted lower-case words, aggregate first, "
             'what happened last, as in "order.created"'
         )
-    if not 0 < event_type.version <= MAX_VERSION:
-        raise ConfigurationError(
-            f"{where}: version is {event_type.version}; versions are 1 to {MAX_VERSION:,}"
-        )
+    _check_version(event_type.version, f"{where}: version")
     if event_type.ordered and event_type.key is None:
         raise ConfigurationError(f"{where}: ordered=True needs key=...: order is kept per key")
     cls, key = event_type.payload_class, event_type.key
@@ -318,6 +312,14 @@ def _check_declaration(event_type: EventType) -> None:
         # A name that is defined further down in the module: asked again at first use.
         if not isinstance(error.__cause__, NameError):
             raise
+
+
+def _check_version(version: object, what: str) -> None:
+    # As a reader does: what only equals an integer is written into the envelope as something else.
+    if type(version) is not int or not 0 < version <= MAX_VERSION:
+        raise ConfigurationError(
+            f"{what} is {version!r}; versions are integers from 1 to {MAX_VERSION:,}"
+        )
 
 
 def _key_text(value: object) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from outbox.errors import MalformedMessage
+from outbox.errors import ConfigurationError, MalformedMessage
 
 _NUMBER_AS_ZEROS = bytes.maketrans(b"123456789.eE+-", b"0" * 14)
 _EXPONENT_AS_ZEROS = bytes.maketrans(b"123456789E-", b"0" * 9 + b"e+")
@@ -26,6 +26,7 @@ _LONG_EXPONENTS = (b"e0000", b"e+0000")
 _SHORTEST_OF_CONCERN = b"000000"  # 1e0000
 _NUL, _BACKSLASH, _ARRAY = b"\x00\\["  # as integers they are looked for in a tenth of the time
 NODES_OF_A_HEAD = 64
+_SHORTEST_NUMBER_LENGTH = 11
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Limits:
     """Values in all, counted as separators and opening brackets."""
     number_length: int = 400
     """Characters of one number; 11 at least, as the envelope's own may have."""
+
+    def __post_init__(self) -> None:
+        if self.number_length < _SHORTEST_NUMBER_LENGTH:
+            raise ConfigurationError(
+                f"number_length is {self.number_length}: with less than {_SHORTEST_NUMBER_LENGTH} an extension of the "
+                "envelope (-2147483648, say) would be published and then not be read"
+            )
 
     @cached_property
     def of_data(self) -> Limits:

@@ -26,7 +26,7 @@ from sqlalchemy import Connection
 from sqlalchemy import event as sqlalchemy_events
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-from outbox.connections import Executor, executor
+from outbox.connections import USE_ASYNC, Executor, executor, kind_of
 from outbox.context import current
 from outbox.counting import Counted, draw
 from outbox.direct import BINARY, TEXT, Statement, direct_statement, send_directly
@@ -96,14 +96,14 @@ def publish(
 
     Raises, before anything is written: `UnregisteredEvent`, `InvalidPayload`, `PayloadTooLarge`, `NotInTransaction`.
     """
-    # `of` would do, at a call more (see `_is_written_directly`).
+    # `of` would do, at a call more (see `_wrote_directly`).
     event_type = registry.by_class.get(type(event)) or registry.of(event)
     written = write(
         event_type, event, source, caused_by, correlation_id, extensions, limits, current()
     )
     if RINGING:
         announce(schema)
-    if not _is_written_directly(connection, written, schema):
+    if not _wrote_directly(connection, written, schema):
         _append_all(connection, (written,), schema)
     return written.id
 
@@ -129,28 +129,28 @@ def publish_all(
 
 
 async def apublish(
-    connection: AsyncSession | AsyncConnection | psycopg.AsyncConnection[Any],
+    connection: AsyncSession | AsyncConnection,
     event: object,
     **options: Any,
 ) -> UUID:
-    """As `publish`, for an `AsyncSession`, an `AsyncConnection` or psycopg's `AsyncConnection`."""
+    """As `publish`, for SQLAlchemy's `AsyncSession` and `AsyncConnection`.
+
+    Raises `ConfigurationError` for what is neither, such as psycopg's own `AsyncConnection`.
+    """
     (event_id,) = await apublish_all(connection, [event], **options)
     return event_id
 
 
 async def apublish_all(
-    connection: AsyncSession | AsyncConnection | psycopg.AsyncConnection[Any],
+    connection: AsyncSession | AsyncConnection,
     events: Iterable[object],
     **options: Any,
 ) -> list[UUID]:
-    """As `publish_all`, for an `AsyncSession`, an `AsyncConnection` or psycopg's `AsyncConnection`."""
+    """As `publish_all`, for what `apublish` takes."""
     if hasattr(connection, "run_sync"):
         result: list[UUID] = await connection.run_sync(publish_all, list(events), **options)
         return result
-    raise ConfigurationError(
-        f"cannot publish through a {type(connection).__qualname__}: hand over a SQLAlchemy AsyncSession or "
-        "AsyncConnection; with psycopg alone, use a synchronous connection"
-    )
+    raise ConfigurationError(f"cannot publish through a {kind_of(connection)}: {USE_ASYNC}")
 
 
 def append(
@@ -247,7 +247,7 @@ def _listen() -> None:
 
 
 def _write(execute: Executor, events: Sequence[Written], schema: str) -> None:
-    if len(events) == 1 and _is_written_directly(execute.driver, events[0], schema):
+    if len(events) == 1 and _wrote_directly(execute.driver, events[0], schema):
         return
     sequences = _count(execute, events, schema)
     rows = [_row(event, seq) for event, seq in zip(events, sequences, strict=True)]
@@ -258,7 +258,7 @@ def _write(execute: Executor, events: Sequence[Written], schema: str) -> None:
         execute(in_schema(_INSERT_MANY, schema), columns, False)
 
 
-def _is_written_directly(connection: object, event: Written, schema: str) -> bool:
+def _wrote_directly(connection: object, event: Written, schema: str) -> bool:
     """Write an event at the least cost: that is of no ordered type, through psycopg. False, with nothing done, if not.
 
     The one way that is kept to few calls. Between two round trips of a transaction other code has had the processor's

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg.adapt import Transformer
+from psycopg.errors import error_from_result
 from psycopg.rows import namedtuple_row
 from sqlalchemy import TextClause, text
 from sqlalchemy.exc import DBAPIError
@@ -57,9 +58,13 @@ def begin_with(
         for template, values in statements:
             direct, names = _for_libpq(template, schema)
             given.append((direct, [values[name] for name in names]))
-        with _errors_of_the_session(given[-1][0].query, statements[-1][1]):
-            result = begin_directly(driver, given)
-        if result is not None:
+        with _errors_of_the_session(given[0][0].query, statements[0][1]):
+            begun = begin_directly(driver, given)
+        if begun is not None:
+            done, result = begun
+            if done < len(given):
+                with _errors_of_the_session(given[done][0].query, statements[done][1]):
+                    raise error_from_result(result, encoding="utf-8")
             loading = Transformer.from_context(driver)
             loading.set_pgresult(result)
             return loading.load_rows(0, result.ntuples, tuple)

@@ -78,6 +78,8 @@ def write(
     if correlation_id is None and caused_by is not None:
         correlation_id = caused_by.correlation_id or str(caused_by.id)
     try:
+        if type(source) is not str:
+            checked_text("source", source)
         head = (
             f'{{"specversion":"1.0","id":"{id_text}",{_origin(source, event_type.name, event_type.version)},'
             # A format of `06d` would be read anew each time.
@@ -141,13 +143,16 @@ def _origin(source: str, event_type: str, version: int) -> str:
 
 
 def _write_extensions(extensions: Mapping[str, str | int]) -> str:
+    if not isinstance(extensions, Mapping):
+        raise ValueError(f"its extensions are {shown(extensions)}; they must be a mapping")
     if len(extensions) > _MAX_EXTENSIONS:
         raise ValueError(f"it has {len(extensions)} extensions; {_MAX_EXTENSIONS} are possible")
     written = ""
     for name, value in extensions.items():
-        if not _ATTRIBUTE_NAME.fullmatch(name) or name in RESERVED:
+        is_name = isinstance(name, str) and _ATTRIBUTE_NAME.fullmatch(name)
+        if not is_name or name in RESERVED:
             raise ValueError(
-                f"extension {name!r} is no free CloudEvents attribute name: lower-case "
+                f"extension {shown(name)} is no free CloudEvents attribute name: lower-case "
                 "letters and digits, 20 at most, and none of the standard ones"
             )
         if value == "":

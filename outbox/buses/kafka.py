@@ -68,7 +68,7 @@ class KafkaBus:
         self._exchange = exchange
         self._timeout = timeout
         self._producer: _Producer | None = None
-        self._topics = _Topics(self._topic)
+        self._topics: dict[tuple[str, str | None], str] = {}  # by type and queue
         self._made: set[str] = set()
         self._encoder = RecordEncoder()
         check_name(topic_of(exchange, "x.y"))
@@ -87,7 +87,12 @@ class KafkaBus:
 
     def send(self, batch: Sequence[OutgoingMessage]) -> Confirmation:
         producer = self._ready()
-        producer.produce(self._encoder.records(batch, self._topics), self._timeout)
+        try:
+            records = self._encoder.records(batch, self._topics)
+        except KeyError:
+            self._find_topics(batch)
+            records = self._encoder.records(batch, self._topics)
+        producer.produce(records, self._timeout)
         confirmation = _Batch(producer, self._timeout)
         producer.serve(0)
         return confirmation
@@ -120,10 +125,13 @@ class KafkaBus:
                 f"the URL of Kafka at {self._settings.servers}: {told(error)}"
             ) from error
 
-    def _topic(self, event_type: str, queue: str | None) -> str:
-        topic = queue or topic_of(self._exchange, event_type)
-        self._make({topic})
-        return topic
+    def _find_topics(self, batch: Sequence[OutgoingMessage]) -> None:
+        """Know the topics of *batch*, each made before anything of it is sent: where one cannot be made, nothing is."""
+        found = {
+            (one.type, one.queue): one.queue or topic_of(self._exchange, one.type) for one in batch
+        }
+        self._make(set(found.values()))
+        self._topics |= found
 
     def _make(self, topics: set[str]) -> None:
         new = topics - self._made
@@ -132,18 +140,6 @@ class KafkaBus:
         if self._settings.create_topics:
             create_missing(self._ready().client, self._settings, new, min(self._timeout, 10))
         self._made |= new
-
-
-class _Topics(dict[tuple[str, str | None], str]):
-    """Topics by type and queue, each looked for, and made, when the first record for it is sent."""
-
-    def __init__(self, find: Callable[[str, str | None], str]) -> None:
-        super().__init__()
-        self._find = find
-
-    def __missing__(self, route: tuple[str, str | None]) -> str:
-        topic = self[route] = self._find(*route)
-        return topic
 
 
 class _Batch:

@@ -8,7 +8,7 @@ the header `outbox`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from outbox.buses.base import OutgoingMessage
@@ -35,12 +35,14 @@ class RecordEncoder:
 
     def records(
         self, batch: Sequence[OutgoingMessage], topics: Mapping[tuple[str, str | None], str]
-    ) -> Iterator[Record]:
+    ) -> list[Record]:
         """The batch's records; *topics*: by type and queue.
 
-        The key is the event's, without one its id, so that copies of it meet in one partition.
+        The key is the event's, without one its id, so that copies of it meet in one partition. Raises `KeyError` for a
+        topic that is not known.
         """
         known = self._of_type
+        records = []
         for id, type, key, body, _, _, key_seq, queue, handler in batch:
             if type not in known:
                 known[type] = [("content-type", CONTENT_TYPE), (TYPE_HEADER, type)]
@@ -48,7 +50,8 @@ class RecordEncoder:
             if handler is not None or key_seq is not None:
                 keywords = json.dumps(keywords_of(handler, key_seq))
                 headers.append((KEYWORDS_HEADER, keywords))
-            yield topics[type, queue], body, id if key is None else key, headers
+            records.append((topics[type, queue], body, id if key is None else key, headers))
+        return records
 
 
 def header_texts(headers: Iterable[tuple[str, Any]] | None) -> dict[str, str]:

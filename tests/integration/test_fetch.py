@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +19,8 @@ from sqlalchemy.orm import Session
 from outbox import direct, statements
 from outbox.statements import begin_with, fetch, statement
 from outbox.transient import is_lock_timeout, is_transient
+from tests.overtaking import overtake
+from tests.workers import eventually
 
 
 @pytest.fixture
@@ -132,8 +137,9 @@ def test_they_go_out_in_one_message(session: Session, monkeypatch: pytest.Monkey
             execution_options={"isolation_level": "REPEATABLE READ"}
         ),
         lambda session: driver_of(session).execute("SET client_encoding TO LATIN1"),
+        lambda session: setattr(driver_of(session), "cursor_factory", partial(psycopg.Cursor)),
     ],
-    ids=["a transaction that has begun", "an isolation level", "another encoding"],
+    ids=["a transaction that has begun", "an isolation level", "another encoding", "a partial"],
 )
 def test_where_that_cannot_be_they_run_one_by_one(
     session: Session, hinder: Any, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +148,15 @@ def test_where_that_cannot_be_they_run_one_by_one(
     hinder(session)
     (row,) = begin_with(session, [LIMIT, SAID], "outbox")
     assert tuple(row) == (SAID[1]["id"], b"\x00\xff", None, 4, False, "100ms", "100% of {}", 1, 5)
+
+
+def test_another_thread_that_begins_just_before_has_them_run_one_by_one(session: Session) -> None:
+    driver, notices = driver_of(session), []
+    driver.add_notice_handler(lambda said: notices.append(said.message_primary))
+    overtake(driver, lambda: driver.execute("SELECT 1"))
+    (row,) = begin_with(session, [LIMIT, SAID], "outbox")
+    assert row[5] == "100ms"
+    assert notices == []  # such as that there was a transaction in progress
 
 
 @pytest.mark.parametrize("earlier_runs", [0, 4, 5, 6])
@@ -157,6 +172,8 @@ def test_the_first_that_fails_says_why_and_the_connection_lives_on(
     with pytest.raises(DBAPIError) as failed, session.begin():
         begin_with(session, [WRITE, ("SELECT 1 / :n", {"n": 0})], "outbox")
     assert isinstance(failed.value.orig, psycopg.errors.UniqueViolation)
+    assert str(failed.value.statement).startswith("INSERT INTO written")
+    assert failed.value.params == {"n": 1}
     with session.begin():
         assert begin_with(session, [LIMIT, SAID], "outbox")
     assert len(fetch(session, "SELECT n FROM written", {}, "outbox")) == 1 + max(0, earlier_runs)
@@ -172,6 +189,38 @@ def test_a_lost_connection_is_one_to_be_made_anew(session: Session, engine: Engi
     assert is_transient(lost.value)
     assert driver_of(session).closed
     session.invalidate()
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[signal.Signals]:
+    """A signal that does what SIGINT does where nobody ignores that."""
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    yield signal.SIGUSR1
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_ctrl_c_cancels_leaves_a_connection_that_lives_on(
+    session: Session, engine: Engine, ctrl_c: signal.Signals
+) -> None:
+    driver, main = driver_of(session), threading.get_ident()
+    asleep = text(
+        "SELECT query ~ 'pg_sleep' AND wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = :pid"
+    ).bindparams(pid=driver.info.backend_pid)
+
+    def interrupt() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as other:
+            eventually(lambda: other.scalar(asleep) is True)
+        signal.pthread_kill(main, ctrl_c)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        begin_with(session, [LIMIT, ("SELECT pg_sleep(60)", {})], "outbox")
+    thread.join()
+    assert driver.info.pipeline_status == psycopg.pq.PipelineStatus.OFF
+    assert driver.info.transaction_status == psycopg.pq.TransactionStatus.INERROR
+    session.rollback()
+    assert begin_with(session, [LIMIT, SAID], "outbox")
 
 
 def test_an_interrupt_in_between_leaves_a_connection_that_says_it_is_busy(

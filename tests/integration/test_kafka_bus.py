@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from uuid import uuid4
@@ -224,6 +226,43 @@ def test_a_queue_that_stays_full_is_said(mock_kafka: MockKafka) -> None:
     with mock_kafka.down(), pytest.raises(BusError, match="its queue stayed full"):
         bus.send([message() for _ in range(1_000)])
     bus.close()
+
+
+def test_nothing_of_a_batch_is_sent_before_all_its_topics_are_there(
+    mock_kafka: MockKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def create_missing(client: object, settings: object, names: set[str], timeout: float) -> None:
+        asked.append(names)
+        if "events.stock" in names:
+            raise BusError("topic 'events.stock' is not there and could not be made")
+
+    monkeypatch.setattr("outbox.buses.kafka.create_missing", create_missing)
+    bus = open_bus(f"kafka://{mock_kafka.servers}")
+    batch = [message(body=b"early"), message("stock.reserved"), message(queue="billing.events")]
+    for _ in range(2):
+        with pytest.raises(BusError, match=r"'events\.stock' is not there"):
+            bus.send(batch)
+    assert asked == [{"events.order", "events.stock", "billing.events"}] * 2
+    for _ in range(2):
+        bus.send([message(body=b"alone")]).wait()
+    assert asked[2:] == [{"events.order"}]
+    found = [one.value() for one in records(mock_kafka.servers, "events.order", 2)]
+    assert found == [b"alone", b"alone"]
+    bus.close()
+
+
+def test_a_bus_that_nobody_closed_goes_with_the_last_reference_to_it(mock_kafka: MockKafka) -> None:
+    gc.disable()  # in a cycle it would go on holding threads and connections until a collection
+    try:
+        bus = KafkaBus(mock_kafka.url)
+        bus.send([message()]).wait()
+        left = weakref.ref(bus)
+        del bus
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_no_broker_at_all_is_an_error_that_names_the_place() -> None:

@@ -21,6 +21,8 @@ from outbox.events import Registry
 
 registry = Registry()
 
+INSTEAD = r"cannot publish through a psycopg\.Async.*: hand over a SQLAlchemy AsyncSession or AsyncConnection"
+
 
 @registry.event("thing.made", key="number")
 @dataclass
@@ -290,6 +292,20 @@ def test_asynchronous_sessions_and_connections_publish_with_their_transaction(
 
     asyncio.run(scenario())
     assert numbers(migrated_engine) == [1, 3, 4]
+
+
+def test_psycopgs_asynchronous_connection_is_refused_with_what_to_use_instead(
+    migrated_engine: Engine,
+) -> None:
+    async def scenario() -> None:
+        async with await psycopg.AsyncConnection.connect(conninfo(migrated_engine)) as connection:
+            for refused in (connection, connection.cursor()):
+                with pytest.raises(outbox.ConfigurationError, match=INSTEAD):
+                    await outbox.apublish(refused, Made(1), registry=registry)  # type: ignore[arg-type]
+                with pytest.raises(outbox.ConfigurationError, match=INSTEAD):
+                    publish(refused)
+
+    asyncio.run(scenario())
 
 
 def test_ordered_events_are_numbered_without_gaps(migrated_engine: Engine) -> None:

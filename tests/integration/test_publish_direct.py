@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -12,14 +14,14 @@ from sqlalchemy import Engine, make_url, text
 from outbox import direct
 from outbox.connections import executor
 from outbox.direct import write_directly
+from tests.overtaking import overtake
 
 INSERT = "INSERT INTO kinds (id, label, number, body, big) VALUES (%s, %s, %s, %s, %s)"
 
 
 @pytest.fixture
 def connection(database_url: str) -> Iterator[psycopg.Connection]:
-    url = make_url(database_url).set(drivername="postgresql")
-    with psycopg.connect(url.render_as_string(hide_password=False)) as opened:
+    with psycopg.connect(conninfo(database_url)) as opened:
         opened.execute(
             "CREATE TABLE kinds (id uuid PRIMARY KEY, label text, number smallint, body bytea, big bigint)"
         )
@@ -27,6 +29,10 @@ def connection(database_url: str) -> Iterator[psycopg.Connection]:
         yield opened
         if not opened.closed:
             opened.rollback()
+
+
+def conninfo(url: str) -> str:
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def rows(connection: psycopg.Connection) -> list[tuple[object, ...]]:
@@ -43,6 +49,17 @@ def test_values_arrive_as_through_a_cursor(connection: psycopg.Connection) -> No
     for row in many:
         assert write_directly(connection, INSERT, row)
     assert rows(connection) == many
+
+
+def test_a_text_that_would_end_at_a_nul_is_refused_as_by_a_cursor(
+    connection: psycopg.Connection,
+) -> None:
+    connection.execute("SELECT 1")
+    row = (uuid4(), "before\x00behind", 1, b"", 1)
+    assert not write_directly(connection, INSERT, row)
+    with pytest.raises(psycopg.DataError, match="NUL"):
+        executor(connection)(INSERT, row, False)
+    assert rows(connection) == []
 
 
 def test_an_error_is_the_drivers_and_aborts_the_transaction(
@@ -76,9 +93,30 @@ def test_text_arrives_whatever_the_clients_encoding_is(
     assert {row[1] for row in rows(connection)} == {"näme"}
 
 
-@pytest.mark.parametrize("kind", [psycopg.Cursor, psycopg.ClientCursor, psycopg.RawCursor])
+def test_a_commit_that_another_thread_makes_just_before_does_not_commit_what_follows(
+    connection: psycopg.Connection,
+) -> None:
+    connection.execute("SELECT 1")
+    overtake(connection, connection.commit)
+    executor(connection)(INSERT, (uuid4(), "a", 1, b"", 1), False)
+    connection.rollback()
+    assert rows(connection) == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        psycopg.Cursor,
+        psycopg.ClientCursor,
+        psycopg.RawCursor,
+        partial(psycopg.ClientCursor),
+        partial(psycopg.RawCursor),
+        lambda *args, **options: psycopg.Cursor(*args, **options),
+    ],
+    ids=["server", "client", "raw", "client by a partial", "raw by a partial", "by a lambda"],
+)
 def test_it_runs_whatever_kind_of_cursor_the_connection_makes(
-    connection: psycopg.Connection, kind: type[psycopg.Cursor]
+    connection: psycopg.Connection, kind: Any
 ) -> None:
     connection.cursor_factory = kind
     connection.prepare_threshold = 0
@@ -86,7 +124,21 @@ def test_it_runs_whatever_kind_of_cursor_the_connection_makes(
     assert returned == [(7,)]
     executor(connection)(INSERT, (uuid4(), "a", 8, b"", 1), False)
     assert sorted(int(str(row[2])) for row in rows(connection)) == [7, 8]
-    assert bool(prepared(connection)) is (kind is not psycopg.ClientCursor)
+    on_client = isinstance(connection.cursor(), psycopg.ClientCursor)
+    assert bool(prepared(connection)) is not on_client
+
+
+def test_rows_come_through_the_cursor_that_the_connection_hands_out(database_url: str) -> None:
+    handed_out: list[psycopg.Cursor[Any]] = []
+
+    class Traced(psycopg.Connection[Any]):
+        def cursor(self, *args: Any, **options: Any) -> Any:
+            handed_out.append(super().cursor(*args, **options))
+            return handed_out[-1]
+
+    with Traced.connect(conninfo(database_url)) as connection:
+        assert executor(connection)("SELECT %s::int", (7,), True) == [(7,)]
+    assert len(handed_out) == 1
 
 
 def test_in_pipeline_mode_the_order_of_statements_is_kept(connection: psycopg.Connection) -> None:

@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -211,10 +212,13 @@ def test_the_time_is_told_whatever_the_clock_says(
     assert body["time"] == told.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-@pytest.mark.parametrize("version", [0, 2**31])
-def test_a_version_that_no_reader_takes_is_refused_where_it_is_declared(version: int) -> None:
-    with pytest.raises(ConfigurationError, match="versions are 1 to 2,147,483,647"):
+@pytest.mark.parametrize("version", [0, 2**31, 1.5, 1.0, True, HTTPStatus.OK, "1", None])
+def test_a_version_that_no_reader_takes_is_refused_where_it_is_declared(version: Any) -> None:
+    says = r"versions are integers from 1 to 2,147,483,647"
+    with pytest.raises(ConfigurationError, match=rf"OrderNoted: version is .*; {says}"):
         Registry().event("order.noted", version=version)(OrderNoted)
+    with pytest.raises(ConfigurationError, match=rf"order\.noted: from_version is .*; {says}"):
+        Registry().upcast("order.noted", from_version=version)
 
 
 @pytest.mark.parametrize("digits", [256, 1_001, 5_000])
@@ -380,11 +384,17 @@ def test_attributes_that_a_reader_would_refuse_are_refused() -> None:
         ({"source": "x" * 1_001}, "source"),
         ({"source": "a\x00b"}, "source holds a NUL"),
         ({"source": "\ud800"}, "half a surrogate"),
+        ({"source": ["x"]}, "source is a list"),
+        ({"source": 7}, "source is 7"),
         ({"correlation_id": ""}, "correlationid"),
         ({"correlation_id": 7}, "correlationid"),
         ({"correlation_id": "\ud800"}, "half a surrogate"),
         ({"extensions": {"Name": 1}}, "no free CloudEvents attribute name"),
         ({"extensions": {"data": 1}}, "no free CloudEvents attribute name"),
+        ({"extensions": {1: "x"}}, "no free CloudEvents attribute name"),
+        ({"extensions": {b"a": "x"}}, "no free CloudEvents attribute name"),
+        ({"extensions": [("a", "b")]}, "extensions are a list; they must be a mapping"),
+        ({"extensions": "ab"}, "extensions are 'ab'; they must be a mapping"),
         ({"extensions": {"a" * 21: 1}}, "no free CloudEvents attribute name"),
         ({"extensions": {"a": None}}, "CloudEvents attributes are"),
         ({"extensions": {"a": 1.5}}, "CloudEvents attributes are"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outbox.errors import MalformedMessage
+from outbox.errors import ConfigurationError, MalformedMessage
 from outbox.limits import Limits
 
 LIMITS = Limits()
@@ -91,7 +91,7 @@ def check_at_a_glance(body: bytes) -> None:
         LIMITS,
         Limits(size=20),
         Limits(nodes=3),
-        Limits(number_length=6),
+        Limits(number_length=11),
         Limits(depth=0),
     ):
         value = limits.parse_flat(body)
@@ -210,8 +210,13 @@ def test_a_megabyte_made_to_be_slow_is_not(body: bytes) -> None:
 
 
 def test_limits_can_be_set() -> None:
-    tight = Limits(size=20, depth=2, nodes=4, number_length=6)
-    assert tight.parse(b"[[1,2],123456]") == [[1, 2], 123456]
-    for body in (b"[" + b" " * 20 + b"]", b"[[[]]]", b"[1,2,3,4,5]", b"1234567"):
+    tight = Limits(size=20, depth=2, nodes=4, number_length=11)
+    assert tight.parse(b"[[1,2],-1234567890]") == [[1, 2], -1_234_567_890]
+    for body in (b"[" + b" " * 20 + b"]", b"[[[]]]", b"[1,2,3,4,5]", b"123456789012"):
         with pytest.raises(MalformedMessage):
             tight.parse(body)
+
+
+def test_a_limit_that_an_envelope_itself_may_break_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="number_length is 10: with less than 11"):
+        Limits(number_length=10)

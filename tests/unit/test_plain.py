@@ -248,12 +248,14 @@ def test_a_value_of_another_type_than_its_field_is_looked_at(values: dict[str, A
 
 
 @pytest.mark.parametrize(("limits", "told"), [
-    (Limits(number_length=6), "number of more than 6"), (Limits(nodes=66), "values; the limit is"),
+    (Limits(number_length=11), "number of more than 11"), (Limits(nodes=66), "values; the limit is"),
     (Limits(depth=1), "nests more than"),
 ])  # fmt: skip
 def test_limits_that_a_plain_payload_may_break_are_looked_at(limits: Limits, told: str) -> None:
     with pytest.raises(InvalidPayload, match=told):
-        encode(TYPES[Dataclass], Dataclass(UUID(int=1), 12_345_678), source="test", limits=limits)
+        encode(
+            TYPES[Dataclass], Dataclass(UUID(int=1), 123_456_789_012), source="test", limits=limits
+        )
 
 
 @pytest.mark.parametrize("payload_class", TYPES)

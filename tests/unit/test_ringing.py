@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import outbox
 from outbox import doorbell
 from outbox.doorbell import Doorbell
 
@@ -54,6 +55,16 @@ def test_a_schema_does_not_ring_for_another(clock: Clock) -> None:
     bell = Doorbell("postgresql://")
     assert rings(bell)
     assert rings(bell, "other")
+
+
+def test_a_bell_that_goes_while_it_rings_keeps_none_behind_it_from_ringing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, staying = (outbox.wake_relays(f"postgresql://{host}/db") for host in ("a", "b"))
+    monkeypatch.setattr(going, "ring", lambda _: going.close())
+    doorbell.announce("outbox")
+    assert staying._wanted == {"outbox"}
+    staying.close()
 
 
 def test_channels_fit_where_names_are_long() -> None:
