@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from sqlalchemy.orm import Session
 import outbox
 from outbox.buses import open_bus
 from outbox.buses.topology import Topology, declare, kombu_queue
-from outbox.relay import Relay, RelaySettings
+from outbox.relay import Relay
 from tests.apps import ledger
+from tests.relaying import running
 from tests.workers import Worker
 
 
@@ -42,16 +42,9 @@ class Bank:
     @contextmanager
     def relaying(self) -> Iterator[Relay]:
         # Without rolls, so that there is nothing but events in the queues.
-        bus, settings = open_bus(self.broker_url, self.exchange), RelaySettings(rolls=None)
-        relay = Relay(self.engine.url, bus, settings=settings)
-        thread = threading.Thread(target=relay.run)
-        thread.start()
-        try:
+        with running(self.engine, open_bus(self.broker_url, self.exchange), rolls=None) as relay:
             yield relay
-        finally:
-            relay.stop()
-            thread.join(60)
-            self.engine.dispose()
+        self.engine.dispose()
 
 
 class Ledger:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +17,9 @@ SOON = timedelta(milliseconds=300)
 
 
 @contextmanager
-def relaying(engine: Engine, bus: Bus, **settings: Any) -> Iterator[Relay]:
-    """From the log of *engine* to *bus*, and what was sent is named soon, so that losses show soon."""
-    options = {"rolls": SOON, "standings": (SOON, SOON * 5), **settings}
-    relay = Relay(engine.url, bus, settings=RelaySettings(**options))
+def running(engine: Engine, bus: Bus, **settings: Any) -> Iterator[Relay]:
+    """From the log of *engine* to *bus*."""
+    relay = Relay(engine.url, bus, settings=RelaySettings(**settings))
     thread = threading.Thread(target=relay.run)
     thread.start()
     try:
@@ -29,3 +28,8 @@ def relaying(engine: Engine, bus: Bus, **settings: Any) -> Iterator[Relay]:
         relay.stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+def relaying(engine: Engine, bus: Bus, **settings: Any) -> AbstractContextManager[Relay]:
+    """The same, and what was sent is named soon, so that losses show soon."""
+    return running(engine, bus, **{"rolls": SOON, "standings": (SOON, SOON * 5), **settings})

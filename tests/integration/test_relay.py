@@ -8,8 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,10 +31,11 @@ from outbox.lanes import Leases
 from outbox.partitions import Partitions
 from outbox.pipeline import Pipeline, RelayStats
 from outbox.reader import Cursor, LogReader
-from outbox.relay import Relay, RelaySettings
+from outbox.relay import Relay
 from outbox.roll_caller import RollCaller
 from outbox.rolls import Wanted, WantedEvent, is_control
 from outbox.snapshot import Snapshot
+from tests.relaying import running
 
 registry = Registry()
 
@@ -96,19 +96,6 @@ def publish(engine: Engine, *numbers: int) -> None:
         outbox.publish_all(
             session, [Made(number, number % 7) for number in numbers], registry=registry
         )
-
-
-@contextmanager
-def running(engine: Engine, bus: MemoryBus, **settings: Any) -> Iterator[Relay]:
-    relay = Relay(engine.url, bus, settings=RelaySettings(**settings))
-    thread = threading.Thread(target=relay.run)
-    thread.start()
-    try:
-        yield relay
-    finally:
-        relay.stop()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def until(condition: Callable[[], bool], timeout: float = 15) -> None:
