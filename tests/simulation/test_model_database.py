@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from saga.testing.model import ModelDatabase, ModelGap
 from tests.simulation.two_sessions import assert_alike
 
 SETUP = (
@@ -34,6 +35,12 @@ MOVE_SEVERAL = (
     "UPDATE item SET stock = new.after FROM unnest(ARRAY['apple', 'pear'], ARRAY[5, 1], ARRAY[7, 8]) "
     "AS new (sku, before, after) WHERE item.sku = new.sku AND item.stock = new.before RETURNING item.sku, item.stock"
 )
+
+SHARE = (
+    "1 CREATE FUNCTION public.share(of_sku text, parts integer) RETURNS bigint LANGUAGE plpgsql STRICT AS $$ DECLARE found bigint; "
+    "BEGIN SELECT item.stock + parts FROM item WHERE item.sku = of_sku INTO found; RETURN found; END $$"
+)
+LOOK = "1 SELECT public.share('apple', 1), public.share('none', 1), public.share(NULL, 1), public.share('apple', NULL)"
 
 SCRIPTS: dict[str, list[str]] = {
     "note_taken_along_by_the_insert_that_it_allows": [OWE, "1 COMMIT", f"1 {TAKE_ALONG}", "1 COMMIT", "2 SELECT saga FROM barrier", f"2 {TAKE_ALONG}"],
@@ -101,7 +108,61 @@ SCRIPTS: dict[str, list[str]] = {
     "aggregates_of_no_rows": ["1 SELECT count(*), sum(stock), max(stock) FROM item WHERE sku = 'none'", "1 SELECT sku, sum(stock) FROM item GROUP BY sku HAVING sum(stock) > 0"],
     "aggregate_in_a_subquery_leaves_the_rows_as_they_are": ["1 SELECT sku, (SELECT count(*) FROM inbox) FROM item WHERE stock > 0", "1 SELECT (SELECT count(*) FROM item) FROM item WHERE stock > 9"],
     "rows_of_a_list": ["1 SELECT sku FROM item WHERE sku = ANY(ARRAY['apple', 'fig']) OR sku IN (SELECT 'pear')", "1 SELECT exists(SELECT 1 FROM item WHERE stock = 0)"],
+    "null_in_a_list_leaves_open_what_it_might_be": [
+        "1 SELECT sku FROM item WHERE NOT sku = ANY(ARRAY['apple', NULL])", "1 SELECT sku FROM item WHERE sku = ANY(ARRAY['apple', NULL])", "1 SELECT sku FROM item WHERE sku NOT IN ('apple', NULL)",
+        "1 SELECT sku FROM item WHERE (sku IN ('apple', NULL)) IS NULL", "1 SELECT 1 WHERE NOT NULL IN (SELECT sku FROM item WHERE stock > 9)"],
+    "array_written_as_text": [
+        "1 SELECT CAST('{a,NULL,b}' AS text[]), CAST('{1,null}' AS integer[]), CAST('{}' AS text[])", "1 SELECT sku FROM item WHERE sku = ANY('{apple,fig}')", "1 SELECT sku FROM item WHERE NOT sku = ANY('{apple,NULL}')"],
+    "array_without_an_item_is_malformed": ["1 SELECT CAST('{,}' AS text[])", "1 ROLLBACK", "1 SELECT CAST('{a,}' AS text[])"],
+    "not_null_over_nulls_is_refused": ["1 ALTER TABLE item ALTER COLUMN note SET NOT NULL", "1 ROLLBACK", "1 INSERT INTO item VALUES ('fig', 1)"],
+    "not_null_in_lines_holds_from_then_on": [
+        "1 UPDATE item SET note = 'x'", "1 COMMIT", "1 ALTER TABLE item\n  ALTER COLUMN note\n  SET NOT NULL", "1 COMMIT", "1 INSERT INTO item VALUES ('fig', 1)", "1 ROLLBACK",
+        "1 ALTER TABLE item ALTER note\nDROP NOT NULL, ALTER COLUMN stock DROP NOT NULL", "1 INSERT INTO item VALUES ('fig', NULL)", "1 COMMIT"],
+    "altering_what_is_not_there": [
+        "1 ALTER TABLE IF EXISTS nowhere ALTER COLUMN note SET NOT NULL", "1 ALTER TABLE nowhere ALTER COLUMN note SET NOT NULL", "1 ROLLBACK", "1 ALTER TABLE item ALTER COLUMN nowhere DROP NOT NULL"],
+    "strict_function_of_a_null_is_null": [SHARE, LOOK, SHARE, "1 ROLLBACK"],
+    "function_that_is_not_strict_takes_a_null": [SHARE.replace(" STRICT", ""), LOOK, "1 SELECT public.share('apple')"],
+    "function_that_is_replaced": [SHARE, "1 COMMIT", SHARE.replace("CREATE", "CREATE OR REPLACE").replace(" + parts", " - parts"), LOOK, "1 COMMIT", LOOK],
+    "function_without_parameters": [SHARE.replace("of_sku text, parts integer", "").replace("item.stock + parts", "sum(item.stock)").replace("= of_sku", "<> 'pear'"), "1 SELECT public.share()"],
 }  # fmt: skip
+
+SEVERAL_STATEMENTS = SHARE[2:].replace("RETURN found", "found := 0; RETURN found")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        SEVERAL_STATEMENTS.replace("CREATE", "CREATE OR REPLACE"),
+        SEVERAL_STATEMENTS.replace("CREATE", "CREATE OR REPLACE").replace("public.", ""),
+        SHARE[2:].replace("parts integer", "parts bigint"),
+        SHARE[2:].replace("parts integer", "parts integer, more integer\nDEFAULT 1"),
+        SHARE[2:].replace("parts integer", "parts integer, more integer = 1"),
+        SHARE[2:].replace("parts integer", "parts integer, VARIADIC more integer[]"),
+    ],
+    ids=["several statements", "no schema", "overload", "default", "equals", "variadic"],
+)
+def test_a_function_that_the_model_no_longer_knows_is_a_gap(after: str) -> None:
+    database = ModelDatabase()
+    database.define(*SETUP, SHARE[2:])
+    database.define(after)
+    with pytest.raises(ModelGap, match=r"the function public\.share\(\)"):
+        database.connect().cursor().execute(LOOK[2:])
+
+
+def test_what_else_an_alteration_asks_for_is_a_gap() -> None:
+    database = ModelDatabase()
+    database.define(*SETUP)
+    with pytest.raises(ModelGap, match="ADD COLUMN"):
+        database.define("ALTER TABLE item ALTER stock DROP NOT NULL, ADD COLUMN more text")
+
+
+def test_a_run_leaves_the_functions_of_its_template_as_they_are() -> None:
+    template, run = ModelDatabase(), ModelDatabase()
+    template.define(*SETUP, SHARE[2:])
+    run.storage.copy_from(template.storage)
+    run.define(SEVERAL_STATEMENTS.replace("CREATE", "CREATE OR REPLACE"))
+    cursor = template.connect().cursor().execute(LOOK[2:])
+    assert cursor.fetchall() == [(6, None, None, None)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from psycopg import errors
 from sqlglot import exp
 
 from saga.testing.model.expressions import (
@@ -14,7 +15,7 @@ from saga.testing.model.expressions import (
     compile_expression,
 )
 from saga.testing.model.statements import table_name
-from saga.testing.model.storage import Column, Storage, Table, Values
+from saga.testing.model.storage import Column, Storage, Table, Transaction, Values
 
 _SERIAL = {"SERIAL", "BIGSERIAL", "SMALLSERIAL"}
 
@@ -29,13 +30,40 @@ def define(node: exp.Expression, storage: Storage) -> None:
     elif isinstance(node, exp.Drop):
         if node.kind == "TABLE":
             storage.tables.pop(table_name(node.this), None)
-    elif isinstance(node, exp.Alter):
-        for action in node.args["actions"]:
-            if isinstance(action, exp.AlterColumn) and "allow_null" in action.args:
-                column = storage.tables[table_name(node.this)].columns[action.name]
-                column.not_null = not action.args["allow_null"]
     else:
         raise ModelGap(f"the model database does not know {node.sql('postgres')}")
+
+
+def alter_nullability(node: exp.Expression, storage: Storage, transaction: Transaction) -> None:
+    """Carry out an ALTER TABLE that says of columns whether they may be NULL."""
+    assert isinstance(node, exp.Alter), node
+    table = storage.tables.get(table_name(node.this))
+    if table is None:
+        if node.args.get("exists"):
+            return
+        raise errors.UndefinedTable(f'relation "{table_name(node.this)}" does not exist')
+    for action in node.args["actions"]:
+        if not isinstance(action, exp.AlterColumn) or "allow_null" not in action.args:
+            raise ModelGap(f"the model database does not know {node.sql('postgres')}")
+        if action.name not in table.columns:
+            raise errors.UndefinedColumn(
+                f'column "{action.name}" of relation "{table.name}" does not exist'
+            )
+        allows_null = bool(action.args["allow_null"])
+        if not allows_null:
+            _refuse_nulls(table, action.name, transaction)
+        table.columns[action.name].not_null = not allows_null
+
+
+def _refuse_nulls(table: Table, column: str, transaction: Transaction) -> None:
+    for row in table.rows.values():
+        if row.owner not in (None, transaction):
+            raise ModelGap(f"the model database does not wait to alter {table.name}")
+        values = row.seen_by(transaction)
+        if values is not None and values[column] is None:
+            raise errors.NotNullViolation(
+                f'column "{column}" of relation "{table.name}" contains null values'
+            )
 
 
 def _create_table(node: exp.Create, storage: Storage) -> None:

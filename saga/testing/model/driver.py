@@ -20,7 +20,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import NullPool
 
-from saga.testing.model.definitions import define
+from saga.testing.model.definitions import alter_nullability, define
 from saga.testing.model.expressions import Environment
 from saga.testing.model.functions import define_function
 from saga.testing.model.parsing import parse
@@ -34,7 +34,9 @@ _SETTING = re.compile(
     r"\s*(SET|SHOW|GRANT|COMMENT|TRUNCATE|ALTER|DO|CREATE\s+(SCHEMA|SEQUENCE)|DROP\s+(SCHEMA|SEQUENCE))\b",
     re.IGNORECASE,
 )
-_NULLABLE = re.compile(r"\s*ALTER\s+TABLE\b.*\b(SET|DROP)\s+NOT\s+NULL\b", re.IGNORECASE)
+_NULLABLE = re.compile(
+    r"\s*ALTER\s+TABLE\b.*\b(SET|DROP)\s+NOT\s+NULL\b", re.IGNORECASE | re.DOTALL
+)
 _FUNCTION = re.compile(r"\s*CREATE\s+(OR\s+REPLACE\s+)?FUNCTION\b", re.IGNORECASE)
 _PARTITION = re.compile(r"\bPARTITION\s+OF\b", re.IGNORECASE)
 _PARTITIONED = re.compile(
@@ -186,7 +188,7 @@ class Cursor:
         if _FUNCTION.match(sql):
             define_function(sql, storage)
         elif _NULLABLE.match(sql):
-            define(parse(sql), storage)
+            alter_nullability(parse(sql), storage, transaction)
         elif _SETTING.match(sql) or _PARTITION.search(sql):
             pass
         elif sql.lstrip()[:6].upper() in {"CREATE", "DROP T"}:

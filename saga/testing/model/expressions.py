@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from psycopg import errors
 from sqlglot import exp
 
 if TYPE_CHECKING:
@@ -133,15 +134,26 @@ def _comparison(compare: Callable[[Any, Any], bool]) -> Callable[[exp.Expression
 
 def _quantified(node: exp.Expression, compare: Callable[[Any, Any], bool]) -> Compiled:
     left, items = compile_expression(node.this), compile_expression(node.expression.this)
-    combine = any if isinstance(node.expression, exp.Any) else all
+    decisive = isinstance(node.expression, exp.Any)
 
     def run(env: Environment) -> bool | None:
         value, listed = left(env), items(env)
-        if value is None or listed is None:
-            return None
-        return combine(compare(*alike(value, item)) for item in listed if item is not None)
+        return None if listed is None else _met(value, items_of(listed), compare, decisive)
 
     return run
+
+
+def _met(
+    value: Any, items: Iterable[Any], compare: Callable[[Any, Any], bool], decisive: bool
+) -> bool | None:
+    """*decisive* if one of *items* compares so, its contrary if none does, and NULL if only a NULL among them could."""
+    is_open = False
+    for item in items:
+        if value is None or item is None:
+            is_open = True
+        elif compare(*alike(value, item)) is decisive:
+            return decisive
+    return None if is_open else not decisive
 
 
 def _arithmetic(compute: Callable[[Any, Any], Any]) -> Callable[[exp.Expression], Compiled]:
@@ -211,14 +223,11 @@ def _in(node: exp.Expression) -> Compiled:
     items = [compile_expression(item) for item in node.expressions]
 
     def run(env: Environment) -> bool | None:
-        value = left(env)
-        if value is None:
-            return None
         if query is not None:
             found = [row[0] if len(row) == 1 else row for row in _rows_of(query, env)]
         else:
             found = [item(env) for item in items]
-        return any(operator.eq(*alike(value, item)) for item in found if item is not None)
+        return _met(left(env), found, operator.eq, True)
 
     return run
 
@@ -315,12 +324,15 @@ def _bytes(value: Any) -> bytes:
 
 
 def items_of(value: Any) -> Iterable[Any]:
-    """The items of an array, which may be written as text: '{}', '{1,2}'."""
+    """The items of an array, which may be written as text: '{}', '{1,NULL}'."""
     if not isinstance(value, str):
         return value  # type: ignore[no-any-return]
-    if re.fullmatch(r"\{[^{}\"\\ ]*\}", value) is None:
+    if re.fullmatch(r"\{[^{}\"\\\s]*\}", value) is None:
         raise ModelGap(f"the model database does not know the array {value!r}")
-    return value[1:-1].split(",") if value != "{}" else []
+    items = value[1:-1].split(",") if value != "{}" else []
+    if "" in items:
+        raise errors.InvalidTextRepresentation(f'malformed array literal: "{value}"')
+    return [None if item.upper() == "NULL" else item for item in items]
 
 
 _INTERVAL = re.compile(
@@ -442,16 +454,17 @@ def _function(node: exp.Expression) -> Compiled:
 
 def _defined_function(node: exp.Expression) -> Compiled:
     """A call of what the schema defines: `outbox.count_busy_key(...)`."""
-    name, call = f"{node.this.name}.{node.expression.name}", node.expression
+    name, call = f"{node.this.name}.{node.expression.name.lower()}", node.expression
     if not isinstance(node.this, exp.Identifier) or not isinstance(call, exp.Anonymous):
         raise ModelGap(f"the model database does not know {node.sql('postgres')}")
     arguments = [compile_expression(argument) for argument in call.expressions]
 
     def run(env: Environment) -> Any:
-        if name not in env.storage.functions:
+        known = [*env.storage.functions.get(name, {}).values()]
+        if len(known) != 1 or known[0] is None:
             raise ModelGap(f"the model database does not know the function {name}()")
         values = [argument(env) for argument in arguments]
-        return env.storage.functions[name](env.storage, env.transaction, values)
+        return known[0](env.storage, env.transaction, values)
 
     return run
 

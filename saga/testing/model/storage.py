@@ -116,7 +116,8 @@ class Storage:
     def __init__(self, wait: Wait, clock: Callable[[], Any]) -> None:
         self.tables: dict[str, Table] = {}
         self.sequences: dict[str, Iterator[int]] = {}
-        self.functions: dict[str, Function] = {}
+        self.functions: dict[str, dict[str, Function | None]] = {}
+        """By name and by the types of its parameters; None for one that the model does not know."""
         self.clock = clock
         self.wait = wait
         self.commits = 0
@@ -132,7 +133,7 @@ class Storage:
             self.tables[name] = replace(
                 table, rows=rows, numbers=itertools.count(max(rows, default=-1) + 1)
             )
-        self.functions = template.functions
+        self.functions = dict(template.functions)
         self.sequences = {name: copy(sequence) for name, sequence in template.sequences.items()}
 
     def begin(self) -> Transaction:
