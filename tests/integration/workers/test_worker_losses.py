@@ -194,7 +194,7 @@ def test_what_was_in_a_queue_when_it_was_purged_comes_again(
     lost = 0
     with shop.open():
         worker = shop.worker()
-        with shop.publishing("sleep 0.01"):
+        with shop.publishing("sleep 0.005"):
             while lost < EVENTS:
                 shop.until_more_is_handled_and_more_waits()
                 lost += shop.lost(shop.purge())
