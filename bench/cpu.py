@@ -21,7 +21,7 @@ _BY_ARGUMENT: Final = {
     "multiprocessing.spawn": "writers",
     "test.mock.num.brokers": "kafka mock",
 }
-"""Python's processes, by the first of these that their command line holds."""
+"""Python's processes, by the first of these that is one of their arguments or, where it has a dot, part of one."""
 _BY_NAME: Final = {
     "postgres": _SERVER, "redis-server": "redis", "beam.smp": "rabbitmq", "java": "java", "tansu": "tansu",
 }  # fmt: skip
@@ -61,5 +61,12 @@ def _program(process: psutil.Process) -> str | None:
     name: str = process.info["name"]
     if not name.startswith("python"):
         return next((known for start, known in _BY_NAME.items() if name.startswith(start)), None)
-    line = " ".join(process.info["cmdline"] or ())
-    return next((known for part, known in _BY_ARGUMENT.items() if part in line), None)
+    arguments: list[str] = process.info["cmdline"] or []
+    return next(
+        (
+            known
+            for part, known in _BY_ARGUMENT.items()
+            if part in arguments or ("." in part and any(part in one for one in arguments))
+        ),
+        None,
+    )

@@ -69,6 +69,7 @@ CASES = {
         "consuming billing.events", brings_about=stages.is_subscribed, runs_on=True
     ),
     "outbox status": Case("nothing waits"),
+    "outbox metrics": Case('handler="billing.write_invoice"', stages.a_dead_letter),
     "outbox doctor": Case(" 0 failed"),
     "outbox dead list": Case("Dead letters: 1 of 1", stages.a_dead_letter),
     "outbox dead show": Case("CardDeclined", stages.a_dead_letter),
