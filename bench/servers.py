@@ -13,6 +13,7 @@ import psycopg
 from sqlalchemy import URL, create_engine, make_url
 
 from bench.publishing import conninfo
+from outbox.doorbell import bells
 from outbox.schema import upgrade_engine
 
 
@@ -29,6 +30,8 @@ def own_database(server: URL, name: str) -> Iterator[URL]:
             engine.dispose()
             yield database
         finally:
+            for bell in bells():  # of an app that a figure has set up
+                bell.close()
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
