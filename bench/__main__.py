@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,6 @@ def main(
             make_url(database_url) if database_url else stack.enter_context(servers.postgresql())
         )
         redis = redis_url or stack.enter_context(servers.redis())
-        on_rabbitmq = any(
-            _is_wanted(f"{verb} RabbitMQ", only) for verb in ("relay to", "receive from")
-        )
-        if rabbitmq_url is None and on_rabbitmq:
-            rabbitmq_url = stack.enter_context(servers.rabbitmq())
         groups = _groups(redis, rabbitmq_url, kafka_url, behind, held)
         results = [
             result
@@ -103,32 +99,32 @@ class _Group:
 
     title: str
     open: Callable[[URL], AbstractContextManager[Iterable[Figure]]]
-    names: Sequence[str] = ("",)
+    names: Sequence[str]
     """What the names of its figures begin with."""
 
 
 def _groups(
-    redis: str, rabbitmq: str | None, kafka_url: str | None, behind: int, held: float
+    redis: str, rabbitmq_url: str | None, kafka_url: str | None, behind: int, held: float
 ) -> list[_Group]:
-    def plain(figures: Callable[..., Iterable[Figure]], *given: Any) -> Any:
+    def plain(figures: Callable[[URL, str], Iterable[Figure]]) -> Any:
         """As a context, for figures that have nothing to close."""
-        return lambda database: nullcontext(figures(database, *given))
+        return lambda database: nullcontext(figures(database, redis))
+
+    def on_rabbitmq(figures: Callable[[URL, str], Iterable[Figure]]) -> Any:
+        return partial(servers.on_rabbitmq, rabbitmq_url, figures)
 
     return [
         _Group("publishing", publishing.figures, ("publish with", "read the log with 200,000")),
-        _Group("relaying", plain(relaying.figures, redis, rabbitmq), ("relay to Redis", "relay to RabbitMQ")),
-        _Group("receiving", plain(receiving.figures, redis), ("receive from Redis",)),
-        *(
-            [_Group("receiving_rabbitmq", plain(receiving.figures, rabbitmq), ("receive from RabbitMQ",))]
-            if rabbitmq
-            else []
-        ),
+        _Group("relaying", plain(relaying.to_redis), ("relay to Redis",)),
+        _Group("relaying_rabbitmq", on_rabbitmq(relaying.to_rabbitmq), ("relay to RabbitMQ",)),
+        _Group("receiving", plain(receiving.figures), ("receive from Redis",)),
+        _Group("receiving_rabbitmq", on_rabbitmq(receiving.figures), ("receive from RabbitMQ",)),
         _Group("kafka", lambda database: kafka.figures(database, kafka_url), ("relay to Kafka",)),
         _Group("sagas", lambda database: sagas.figures(database, redis), sagas.NAMES),
         _Group("latency", lambda database: latency.figures(database, redis), latency.NAMES),
-        _Group("waking", plain(waking.figures, redis), ("publish and wake", "the same by NOTIFY")),
-        _Group("lanes", plain(lanes.figures, redis), ("drain", "takeover")),
-        _Group("idling", plain(idling.figures, redis), ("CPU of", "transactions for an idle")),
+        _Group("waking", plain(waking.figures), ("publish and wake", "the same by NOTIFY")),
+        _Group("lanes", plain(lanes.figures), ("drain", "takeover")),
+        _Group("idling", plain(idling.figures), ("CPU of", "transactions for an idle")),
         # Last: it holds the horizon of the whole cluster.
         _Group("horizon", lambda database: horizon.figures(database, behind, held), horizon.NAMES),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ EVENTS = 50_000
 BODY = b'{"id":1,"x":"' + b"y" * 260 + b'"}'
 
 
-def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator[Figure]:
+def to_redis(database: URL, redis_url: str) -> Iterator[Figure]:
     yield Figure(
         "relay to Redis",
         "events/s",
@@ -35,20 +35,22 @@ def figures(database: URL, redis_url: str, rabbitmq_url: str | None) -> Iterator
         floor=10,
         reach=40,
     )
-    if rabbitmq_url is not None:
-        compared: list[tuple[QueueType, bool, float, float]] = [
-            ("quorum", False, 0.95, 2.0),
-            ("classic", False, 0.95, 2.0),
-            ("quorum", True, 7, 16),
-        ]
-        for kind, awaited, floor, reach in compared:
-            how = "each awaited" if awaited else "pipelined"
-            exchange = "bench" if kind == "quorum" else f"bench.{kind}"
-            yield Figure(
-                f"relay to RabbitMQ, {kind} queue ({how})", "events/s",
-                relaying(database, rabbitmq_url, kind=kind, exchange=exchange),
-                _py_amqp(rabbitmq_url, exchange, awaited), f"py-amqp, {how}", floor, reach=reach,
-            )  # fmt: skip
+
+
+def to_rabbitmq(database: URL, rabbitmq_url: str) -> Iterator[Figure]:
+    compared: list[tuple[QueueType, bool, float, float]] = [
+        ("quorum", False, 0.95, 2.0),
+        ("classic", False, 0.95, 2.0),
+        ("quorum", True, 7, 16),
+    ]
+    for kind, awaited, floor, reach in compared:
+        how = "each awaited" if awaited else "pipelined"
+        exchange = "bench" if kind == "quorum" else f"bench.{kind}"
+        yield Figure(
+            f"relay to RabbitMQ, {kind} queue ({how})", "events/s",
+            relaying(database, rabbitmq_url, kind=kind, exchange=exchange),
+            _py_amqp(rabbitmq_url, exchange, awaited), f"py-amqp, {how}", floor, reach=reach,
+        )  # fmt: skip
 
 
 def relaying(

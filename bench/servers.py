@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ import click
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
 
+from bench.figures import Figure
 from bench.publishing import conninfo
 from outbox.doorbell import bells
 from outbox.schema import upgrade_engine
@@ -63,17 +64,24 @@ def redis() -> Iterator[str]:
 
 
 @contextmanager
-def rabbitmq() -> Iterator[str | None]:
+def on_rabbitmq(
+    url: str | None, figures: Callable[[URL, str], Iterable[Figure]], database: URL
+) -> Iterator[Iterable[Figure]]:
+    """*figures* on the broker at *url*, else on a node of their own, as one costs the others something that does
+    nothing."""
     from tests.local_servers import LocalRabbitMQ
 
+    if url is not None:
+        yield figures(database, url)
+        return
     if LocalRabbitMQ.program() is None:
         click.echo("no rabbitmq-server is installed: its figures are left out", err=True)
-        yield None
+        yield ()
         return
     with TemporaryDirectory() as folder:
         server = LocalRabbitMQ(Path(folder))
         server.start()
         try:
-            yield server.url
+            yield figures(database, server.url)
         finally:
             server.discard()
