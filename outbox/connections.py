@@ -24,7 +24,8 @@ USE_ASYNC: Final = (
 
 Rows = list[tuple[Any, ...]]
 Execute = Callable[[str, Sequence[Any], bool], Rows]
-"""Runs SQL with `%s` placeholders and returns the rows, if it is to return any."""
+"""Runs SQL with `%s` placeholders and returns the rows, if it is to return any. `%b` is for arrays: binary where the
+driver knows how, which for 100 bodies takes a fifth of the time of their text."""
 
 
 class Executor(Protocol):
@@ -103,7 +104,7 @@ class _ThroughDjango:
 
     def __call__(self, sql: str, params: Sequence[Any], returns: bool, /) -> Rows:
         with self.connection.cursor() as cursor:
-            cursor.execute(sql, params)
+            cursor.execute(sql.replace("%b", "%s"), params)
             return [tuple(row) for row in cursor.fetchall()] if returns else []
 
 
@@ -120,7 +121,7 @@ class _ThroughSQLAlchemy:
 
 @lru_cache(maxsize=512)
 def _named(sql: str) -> TextClause:
-    first, *rest = sql.replace("::", "\\:\\:").split("%s")
+    first, *rest = sql.replace("%b", "%s").replace("::", "\\:\\:").split("%s")
     return text(first + "".join(f":p{number}{part}" for number, part in enumerate(rest)))
 
 

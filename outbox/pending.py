@@ -58,8 +58,8 @@ INSERT INTO {schema}.pending_delivery
     (service, handler, event_id, type, key, body, reason, attempts, next_attempt_at)
 SELECT %s, handler, event_id, type, key, body, 'timer', 0,
     COALESCE(due_at, clock_timestamp()) + delay
-FROM unnest(%s::text[], %s::uuid[], %s::text[], %s::text[], %s::bytea[], %s::timestamptz[],
-    %s::interval[]) AS owed (handler, event_id, type, key, body, due_at, delay)
+FROM unnest(%b::text[], %b::uuid[], %b::text[], %b::text[], %b::bytea[], %b::timestamptz[],
+    %b::interval[]) AS owed (handler, event_id, type, key, body, due_at, delay)
 ORDER BY handler, event_id
 ON CONFLICT (handler, event_id) DO NOTHING
 """

@@ -48,7 +48,7 @@ _COLUMNS = "(lane, event_id, type, version, key, key_seq, body)"
 _INSERT_ONE = f"INSERT INTO {{schema}}.outbox_event {_COLUMNS} VALUES (%s, %s, %s, %s, %s, %s, %s)"  # noqa: S608
 _INSERT_MANY = f"""
 INSERT INTO {{schema}}.outbox_event {_COLUMNS}
-SELECT * FROM unnest(%s::smallint[], %s::uuid[], %s::text[], %s::integer[], %s::text[], %s::bigint[], %s::bytea[])
+SELECT * FROM unnest(%b::smallint[], %b::uuid[], %b::text[], %b::integer[], %b::text[], %b::bigint[], %b::bytea[])
 """  # noqa: S608
 
 _LANE_TEXTS = tuple(b"%d" % lane for lane in range(LANES))

@@ -23,10 +23,10 @@ from saga.journal import RunKey, SagaRow, SagaState, StepState
 _LOCK_SAGAS: Final = """
 WITH known AS MATERIALIZED (
     SELECT saga_id, state, stuck, reason FROM {schema}.saga
-    WHERE participant = %s AND saga_id = ANY(%s) ORDER BY saga_id FOR UPDATE
+    WHERE participant = %s AND saga_id = ANY(%b) ORDER BY saga_id FOR UPDATE
 ), added AS (
     INSERT INTO {schema}.saga (saga_id, participant, decides, state)
-    SELECT wanted.saga_id, %s, %s, 'running' FROM unnest(%s::uuid[]) AS wanted (saga_id)
+    SELECT wanted.saga_id, %s, %s, 'running' FROM unnest(%b::uuid[]) AS wanted (saga_id)
     WHERE NOT EXISTS (SELECT 1 FROM known WHERE known.saga_id = wanted.saga_id)
     ORDER BY wanted.saga_id
     ON CONFLICT DO NOTHING RETURNING saga_id, state, stuck, reason
@@ -40,16 +40,16 @@ SELECT saga_id, step, trigger_id, state, reason, published,
     CASE WHEN state IN ('compensating', 'compensation_stuck') THEN trigger END,
     CASE WHEN state IN ('compensating', 'compensation_stuck') THEN emitted END
 FROM {schema}.saga_step
-WHERE participant = %s AND saga_id = ANY(%s) ORDER BY ordinal
+WHERE participant = %s AND saga_id = ANY(%b) ORDER BY ordinal
 """
 _HEARD_OF_SAGAS: Final = """
 SELECT saga_id, peer, pending FROM {schema}.saga_peer_undone
-WHERE participant = %s AND saga_id = ANY(%s)
+WHERE participant = %s AND saga_id = ANY(%b)
 """
 _MOVE_SAGAS: Final = """
 UPDATE {schema}.saga AS saga
 SET state = new.after, stuck = new.stuck, reason = new.reason, changed_at = clock_timestamp()
-FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::boolean[], %s::text[])
+FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::boolean[], %b::text[])
     AS new (saga_id, before, after, stuck, reason)
 WHERE saga.participant = %s AND saga.saga_id = new.saga_id AND saga.state = new.before
 RETURNING true
@@ -57,13 +57,13 @@ RETURNING true
 _INSERT_RUNS: Final = """
 INSERT INTO {schema}.saga_step
     (participant, saga_id, step, trigger_id, trigger, state, emitted, published, reason)
-SELECT %s, * FROM unnest(%s::uuid[], %s::text[], %s::uuid[], %s::bytea[], %s::text[],
-    %s::bytea[], %s::text[], %s::text[])
+SELECT %s, * FROM unnest(%b::uuid[], %b::text[], %b::uuid[], %b::bytea[], %b::text[],
+    %b::bytea[], %b::text[], %b::text[])
 """
 _ADVANCE_RUNS: Final = """
 UPDATE {schema}.saga_step AS run
 SET state = new.after, reason = new.reason, changed_at = clock_timestamp()
-FROM unnest(%s::uuid[], %s::text[], %s::uuid[], %s::text[], %s::text[], %s::text[])
+FROM unnest(%b::uuid[], %b::text[], %b::uuid[], %b::text[], %b::text[], %b::text[])
     AS new (saga_id, step, trigger_id, before, after, reason)
 WHERE run.participant = %s AND run.saga_id = new.saga_id AND run.step = new.step
     AND run.trigger_id = new.trigger_id AND run.state = new.before
@@ -72,7 +72,7 @@ RETURNING true
 _HEAR: Final = """
 INSERT INTO {schema}.saga_peer_undone (participant, saga_id, peer, pending)
 SELECT %s, new.saga_id, new.peer, string_to_array(new.pending, ',')::uuid[]
-FROM unnest(%s::uuid[], %s::text[], %s::text[]) AS new (saga_id, peer, pending)
+FROM unnest(%b::uuid[], %b::text[], %b::text[]) AS new (saga_id, peer, pending)
 ON CONFLICT (saga_id, participant, peer) DO UPDATE SET pending = EXCLUDED.pending
 """
 
