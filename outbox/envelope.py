@@ -14,6 +14,8 @@ from functools import cached_property
 from typing import Any
 from uuid import UUID
 
+from pydantic_core import from_json
+
 from outbox.errors import MalformedMessage
 from outbox.limits import DEFAULT_LIMITS, Limits
 
@@ -66,6 +68,20 @@ class Envelope:
             correlation_id=correlation_id, causation_id=causation_id,
             extensions={} if extensions is None else extensions,
         )  # fmt: skip
+
+    @classmethod
+    def of_known(cls, **known: Any) -> Envelope:
+        """One of which all is known but what is read here when somebody asks for it: time and payload."""
+        envelope = cls.__new__(cls)
+        vars(envelope).update(known)
+        return envelope
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("time", "data") or "body" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raw = from_json(self.body)
+        vars(self).update(time=_time(raw), data=raw["data"])
+        return vars(self)[name]
 
     @cached_property
     def digest(self) -> bytes:

@@ -128,7 +128,15 @@ def encode(
     # None is a mistake here, and no wish for the default.
     named = source or ""
     written = write(event_type, payload, named, caused_by, correlation_id, extensions, limits)
-    return envelope_of(from_json(written.body), written.body)
+    given = {} if extensions is None else dict(extensions)
+    if correlation_id is None or any(type(value) is not str for value in given.values()):
+        return envelope_of(from_json(written.body), written.body)
+    # As it is for the events of a saga: nothing has to be read.
+    return Envelope.of_known(
+        id=written.id, source=named, type=event_type.name, version=event_type.version, body=written.body,
+        key=written.key, correlation_id=correlation_id, causation_id=None if caused_by is None else caused_by.id,
+        extensions=given,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4)

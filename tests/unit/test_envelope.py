@@ -132,6 +132,31 @@ def test_decoding_gives_back_what_was_encoded(
     assert read(decoded) == order
 
 
+@given(
+    correlation=NONEMPTY.filter(lambda text: len(text) <= 1_000),
+    saga=TEXT,
+    note=TEXT,
+    caused=st.booleans(),
+)
+def test_an_event_of_a_saga_is_read_from_its_body_only_where_it_has_to_be(
+    correlation: str, saga: str, note: str, caused: bool
+) -> None:
+    order = OrderCreated(order_id=uuid4(), placed_at=datetime.now(UTC), note=note)
+    cause = encode(registry.of(order), order, source="shop") if caused else None
+    saga = saga[:1_000]
+
+    written = encode(
+        registry.of(order), order, source="shop", caused_by=cause, correlation_id=correlation,
+        extensions={"sagaid": saga},
+    )  # fmt: skip
+
+    assert {"time", "data"} & vars(written).keys() == set()
+    assert pickle.loads(pickle.dumps(written)) == written == decode(written.body)
+    assert {"time", "data"} <= vars(written).keys()
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = written.nothing  # type: ignore[attr-defined]
+
+
 def test_the_body_is_a_cloudevent_with_its_data_last() -> None:
     order = OrderNoted(7, 'a "quoted" näme\n')
     envelope = encoded(order, source="/orders", correlation_id="c1", extensions={"sagaid": "s1"})
