@@ -30,6 +30,9 @@ FROM generate_series(1, %s) AS i
 """
 
 
+FRESH = 100_000
+
+
 def conninfo(database: URL) -> str:
     return database.set(drivername="postgresql").render_as_string(hide_password=False)
 
@@ -72,7 +75,7 @@ def _publishing(how: str, start: Callable[[], Run]) -> list[Figure]:
 
 
 def _read(timer: Timer, info: str, behind: int) -> None:
-    """Read 20,000 fresh events with *behind* delivered ones before them in the log."""
+    """Read fresh events with *behind* delivered ones before them in the log."""
     with psycopg.connect(info, autocommit=True) as connection:
         connection.execute("TRUNCATE outbox.outbox_event")
         cursor = Cursor.at_beginning(range(16))
@@ -82,9 +85,9 @@ def _read(timer: Timer, info: str, behind: int) -> None:
             while not (page := log.read(cursor, 5_000)).complete:
                 cursor = page.cursor
             cursor = page.cursor
-        fill(connection, 20_000)
+        fill(connection, FRESH)
         log = LogReader(connection)
-        with timer.counting(20_000):
+        with timer.counting(FRESH):
             while not (page := log.read(cursor, 500)).complete:
                 cursor = page.cursor
 
