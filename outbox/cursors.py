@@ -24,10 +24,9 @@ import psycopg
 from psycopg import errors
 
 from outbox.errors import LeaseLost
-from outbox.partitions import BRIEFLY
 from outbox.reader import Cursor
 from outbox.snapshot import IS_SAME_SERVER, Snapshot
-from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.sql import DEFAULT_SCHEMA, briefly, in_schema
 
 SLOTS: Final = 3
 
@@ -126,7 +125,7 @@ class CursorStore:
         following, oldest = (self._slot + 1) % SLOTS, (self._slot + 2) % SLOTS
         try:
             with self._connection.transaction():
-                self._connection.execute(BRIEFLY)
+                self._connection.execute(briefly("50ms").encode())
                 # Every lane's newest row goes along, so that the emptied table held nobody's last word.
                 self._connection.execute(self._sql(_COPY_TO), {"to": following})
                 self._connection.execute(self._sql(f"TRUNCATE {{schema}}.outbox_cursor_{oldest}"))

@@ -18,7 +18,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.sql import DEFAULT_SCHEMA, briefly, in_schema
 from outbox.statements import statement
 from outbox.transient import is_lock_timeout
 
@@ -30,10 +30,6 @@ _STRAYS_AT_ONCE: Final = 10_000
 
 # One process at a time; nobody waits, as whoever holds it is doing the same work.
 _TRY_TURN = "SELECT pg_try_advisory_xact_lock(hashtext('{schema}.inbox partitions'))"
-# The second: should this process be paused with the locks in its hands, no delivery waits behind it for long.
-_BRIEFLY = """
-SELECT set_config('lock_timeout', :timeout, true), set_config('idle_in_transaction_session_timeout', '1s', true)
-"""
 _TODAY = "SELECT (now() AT TIME ZONE 'UTC')::date"
 _PARTITIONS = """
 SELECT child.relname FROM pg_inherits
@@ -144,7 +140,7 @@ class _Inbox:
                 has_turn = connection.execute(statement(_TRY_TURN, self.schema)).scalar_one()
                 if not has_turn or (day in self._days(connection)) is not exists:
                     return False
-                connection.execute(text(_BRIEFLY), {"timeout": lock_timeout})
+                connection.execute(text(briefly(lock_timeout)))
                 for sql in sqls:
                     # Not `statement`, whose cache is for texts that come again.
                     connection.execute(text(in_schema(sql.replace("%s", _name(day)), self.schema)))

@@ -20,7 +20,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors
 
-from outbox.sql import DEFAULT_SCHEMA, in_schema
+from outbox.sql import DEFAULT_SCHEMA, briefly, in_schema
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,6 @@ AHEAD: Final = 2
 """Whole partitions that lie ready for writers."""
 RETENTION: Final = timedelta(days=7)
 """How long delivered events are kept, for replay."""
-
-BRIEFLY: Final = """
-SELECT set_config('lock_timeout', '50ms', true), set_config('idle_in_transaction_session_timeout', '1s', true)
-"""
-"""First in a transaction whose locks others meet: it waits for none for long, and should its process be paused in the
-middle of it, it holds none for long."""
 
 _DEFAULT: Final = "outbox_event_default"
 _PARTITIONS = """
@@ -144,7 +138,7 @@ class Partitions:
         """Whether *step* was done; not where it says so, or has to wait for anybody."""
         try:
             with self._connection.transaction():
-                self._run(BRIEFLY)
+                self._run(briefly("50ms"))
                 return self._execute(_ALONE)[0][0] and step()
         except (errors.LockNotAvailable, errors.DeadlockDetected, errors.CheckViolation) as error:
             # The last: meanwhile a row of what would be the new partition has come into the default one.

@@ -193,20 +193,23 @@ def _append_all(connection: Any, events: Sequence[Written], schema: str) -> None
 
 def held_by(session: Session) -> Held:
     """What is held now, to be compared later."""
-    root = session.get_transaction()
-    held = None if root is None else _held.get(root)
+    held = _held_of(session)
     return Held(0, 0) if held is None else Held(len(held.events), held.times_written)
 
 
 def withdraw(session: Session, before: Held) -> bool:
     """Hold no more than *before*; False where what was held then has been written since."""
-    root = session.get_transaction()
-    held = None if root is None else _held.get(root)
+    held = _held_of(session)
     if held is not None:
         if before.events and held.times_written != before.times_written:
             return False
         del held.events[before.events :]
     return True
+
+
+def _held_of(session: Session) -> _Held | None:
+    root = session.get_transaction()
+    return None if root is None else _held.get(root)
 
 
 def _write_held(session: Session) -> None:

@@ -25,6 +25,15 @@ def checked_identifier(name: str) -> str:
     return name
 
 
+def briefly(lock_timeout: str) -> str:
+    """First in a transaction whose locks others meet: it waits *lock_timeout* for each of them, and holds none for
+    long should its process be paused in the middle of it."""
+    return (
+        f"SELECT set_config('lock_timeout', '{lock_timeout}', true), "
+        "set_config('idle_in_transaction_session_timeout', '1s', true)"
+    )
+
+
 @lru_cache(maxsize=512)
 def in_schema(template: str, schema: str) -> str:
     """Replace each `{schema}` in *template* by the checked *schema*. Values never enter this way: they are bound."""

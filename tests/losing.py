@@ -142,6 +142,23 @@ class Pair:
         with relaying(self.source_engine, self.wire, **options):
             yield
 
+    def lose_for_good(self, number: int, *, of: Sequence[int]) -> None:
+        """Publish *of*, all of which arrive but *number*, which is in the log no more when it is asked for."""
+        self.wire.loses = lambda message: number_of(message) == number
+        with self.relaying():
+            self.publish(*of)
+            self.until_taken(len(of))
+            position = self.wire.lost[0].position
+            self.run(
+                f"DELETE FROM outbox.outbox_event WHERE position = {position}", self.source_engine
+            )
+
+            def is_gone() -> bool:
+                self.vigil.look()
+                return bool(self.holes) and self.holes[0].gone_at is not None
+
+            eventually(is_gone, 20, lambda: self.holes)
+
     @property
     def effects(self) -> list[int]:
         return sorted(row.number for row in self.rows("SELECT number FROM effect"))

@@ -190,18 +190,7 @@ def test_a_time_that_cannot_be_read_is_a_wrong_call(pair: Pair) -> None:
 
 
 def test_holes_are_listed_and_what_is_gone_can_be_forgotten(pair: Pair) -> None:
-    pair.wire.loses = lambda message: number_of(message) == 1
-    with pair.relaying():
-        pair.publish(1, 2)
-        pair.until_taken(2)
-        position = pair.wire.lost[0].position
-        pair.run(f"DELETE FROM outbox.outbox_event WHERE position = {position}", pair.source_engine)
-
-        def is_gone() -> bool:
-            pair.vigil.look()
-            return bool(pair.holes) and pair.holes[0].gone_at is not None
-
-        eventually(is_gone, 20, lambda: pair.holes)
+    pair.lose_for_good(1, of=(1, 2))
     database = ("--database-url", url(pair.engine), "--json")
     (hole,) = json.loads(run("holes", "list", *database).stdout)["holes"]
     assert (hole["handler"], hole["type"]) == ("stock.count", "thing.made")

@@ -20,29 +20,26 @@ import psutil
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
-from sqlalchemy.orm import Session
 
-import outbox
 from outbox.buses.base import OutgoingMessage
 from outbox.cursors import CursorStore
 from outbox.envelope import decode
 from outbox.lanes import Leases
-from outbox.partitions import BRIEFLY, Partitions
+from outbox.partitions import Partitions
 from outbox.reader import Cursor
 from outbox.snapshot import Snapshot
+from outbox.sql import briefly
 from tests.integration.test_relay import (
     FileBus,
-    Made,
     MemoryBus,
     conninfo,
     numbers,
     numbers_of,
-    registry,
     running,
     spawn,
     until,
 )
-from tests.integration.test_spread import shares
+from tests.integration.test_spread import publish, shares
 
 STOPS_AT = 1_000
 LAST = 4_000
@@ -95,13 +92,6 @@ def spawn_stopping(
 
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:
     return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-
-
-def publish(engine: Engine, *numbers: int) -> None:
-    """Each with a key of its own, so that there are some in every lane."""
-    with Session(engine) as session, session.begin():
-        events = [Made(number, number) for number in numbers]
-        outbox.publish_all(session, events, registry=registry)
 
 
 def stored(engine: Engine) -> set[int]:
@@ -277,7 +267,7 @@ def test_a_relay_that_was_cut_off_for_that_goes_on_with_new_connections(
         while pauses:
             pauses.pop()
             with partitions._connection.transaction():
-                partitions._run(BRIEFLY)
+                partitions._run(briefly("50ms"))
                 until(lambda: is_cut_off(partitions._connection))
                 partitions._run("SELECT 1")
         maintain(partitions)

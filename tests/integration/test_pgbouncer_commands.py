@@ -166,18 +166,7 @@ def test_quarantine(pooled: Pooled, migrated_engine: Engine) -> None:
 
 
 def test_holes(pooled: Pooled, pair: Pair) -> None:
-    pair.wire.loses = lambda message: number_of(message) == 1
-    with pair.relaying():
-        pair.publish(1, 2)
-        pair.until_taken(2)
-        position = pair.wire.lost[0].position
-        pair.run(f"DELETE FROM outbox.outbox_event WHERE position = {position}", pair.source_engine)
-
-        def is_gone() -> bool:
-            pair.vigil.look()
-            return bool(pair.holes) and pair.holes[0].gone_at is not None
-
-        eventually(is_gone, 20, lambda: pair.holes)
+    pair.lose_for_good(1, of=(1, 2))
     (hole,) = pooled.outbox("holes", "list", on=pair.engine)["holes"]
     assert hole["event_id"] == pair.wire.lost[0].id
     why = ("--reason", "copied by hand", "--yes")

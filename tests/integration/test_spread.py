@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 import outbox
 from outbox.relay import Relay
-from tests.integration.test_relay import Made, MemoryBus, numbers, registry, running, spawn, until
+from tests.integration.test_relay import Made, MemoryBus, numbers, registry, spawn, until
+from tests.relaying import running
 
 LANES = 16
 
@@ -40,7 +41,7 @@ def even(relays: int) -> list[int]:
     return sorted(len(range(relay, LANES, relays)) for relay in range(min(relays, LANES)))
 
 
-def publish(engine: Engine, numbers: range) -> None:
+def publish(engine: Engine, *numbers: int) -> None:
     """Each with a key of its own, so that there are some in every lane."""
     with Session(engine) as session, session.begin():
         events = [Made(number, number) for number in numbers]
@@ -65,14 +66,14 @@ def test_the_spread_is_even_whenever_a_relay_has_come_left_or_been_killed(
         staying.callback(killed.wait)
         staying.callback(killed.kill)
         await_spread_over(5)
-        publish(migrated_engine, range(160))
+        publish(migrated_engine, *range(160))
         until(lambda: {*bus.taken, *numbers(path)} == set(range(160)))
         assert sorted([*bus.taken, *numbers(path)]) == list(range(160))
         leaving.close()
-        publish(migrated_engine, range(160, 320))
+        publish(migrated_engine, *range(160, 320))
         await_spread_over(4)
         killed.kill()
-        publish(migrated_engine, range(320, 480))
+        publish(migrated_engine, *range(320, 480))
         await_spread_over(3)
         until(lambda: {*bus.taken, *numbers(path)} == set(range(480)))
 
@@ -93,7 +94,7 @@ def test_of_more_relays_than_lanes_some_hold_none_disturb_nobody_and_step_in(
             return [number for number, relay in enumerate(relays) if not relay._held()]
 
         until(lambda: shares(migrated_engine) == even(len(relays)) and len(idle()) == 2)
-        publish(migrated_engine, range(320))
+        publish(migrated_engine, *range(320))
         until(lambda: sum(len(bus.taken) for bus in buses) >= 320)
         assert sorted(number for bus in buses for number in bus.taken) == list(range(320))
         waiting = idle()
@@ -103,6 +104,6 @@ def test_of_more_relays_than_lanes_some_hold_none_disturb_nobody_and_step_in(
         for number in sorted(set(range(len(relays))) - set(waiting))[:2]:
             stays[number].close()
         until(lambda: all(len(relays[number]._held()) == 1 for number in waiting))
-        publish(migrated_engine, range(320, 640))
+        publish(migrated_engine, *range(320, 640))
         until(lambda: {each for bus in buses for each in bus.taken} == set(range(640)))
         assert all(buses[number].taken for number in waiting)
